@@ -1,0 +1,271 @@
+"""Pictures to tensors, prompts to ids: the helpers that LLaVA clients import.
+
+Picture sizes are (width, height) in pixels everywhere, as in PIL.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import math
+import os
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import StoppingCriteria
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+
+Size = tuple[int, int]
+
+CLIP_MEAN_COLOUR = (122, 116, 104)
+"""CLIP's mean colour as 8-bit RGB, truncated; the padding that LLaVA-1.5 was trained with."""
+
+
+def load_image_processor(path: str, **kwargs: Any) -> Any:
+    """Load a CLIP image processor that resizes with PIL.
+
+    The torchvision backend resizes a little differently, so features would depend on what is installed.
+
+    Args:
+        path: Folder or hub name that holds ``preprocessor_config.json``.
+        **kwargs: Passed to ``from_pretrained``.
+    """
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil.from_pretrained(path, **kwargs)
+
+
+def select_best_resolution(original_size: Size, possible_resolutions: Sequence[Size]) -> Size:
+    """Pick the grid that shows most pixels of the picture, then the one that wastes least area.
+
+    Args:
+        original_size: (width, height) of the picture.
+        possible_resolutions: Candidates; the first of equal ones wins.
+    """
+    width, height = original_size
+
+    def fit(candidate: Size) -> tuple[int, int]:
+        scale = min(candidate[0] / width, candidate[1] / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        return effective, effective - candidate[0] * candidate[1]
+
+    if not possible_resolutions:
+        raise ValueError("no candidate resolution: set image_grid_pinpoints, e.g. [(336, 672), (672, 336)]")
+    best = max(possible_resolutions, key=fit)
+    return (best[0], best[1])
+
+
+def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:
+    """Scale the picture into the target, aspect kept, and centre it on black."""
+    width, height = image.size
+    target_width, target_height = target_resolution
+    scale_width, scale_height = target_width / width, target_height / height
+    if scale_width < scale_height:
+        new_size = (target_width, min(math.ceil(height * scale_width), target_height))
+    else:
+        new_size = (min(math.ceil(width * scale_height), target_width), target_height)
+    canvas = Image.new("RGB", (target_width, target_height), (0, 0, 0))
+    canvas.paste(image.resize(new_size), ((target_width - new_size[0]) // 2, (target_height - new_size[1]) // 2))
+    return canvas
+
+
+def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
+    """Cut the picture into square tiles of ``patch_size`` pixels, row by row."""
+    width, height = image.size
+    return [
+        image.crop((left, top, left + patch_size, top + patch_size))
+        for top in range(0, height, patch_size)
+        for left in range(0, width, patch_size)
+    ]
+
+
+def _pinpoints(grid_pinpoints: str | Sequence[Size]) -> list[Size]:
+    """Read the anyres candidates, which a config may hold as text."""
+    points = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
+    if not isinstance(points, (list, tuple)) or not all(len(point) == 2 for point in points):
+        raise ValueError(f"image_grid_pinpoints must be a list of (width, height) pairs, got {grid_pinpoints!r}")
+    return [(int(point[0]), int(point[1])) for point in points]
+
+
+def get_anyres_image_grid_shape(
+    image_size: Size, grid_pinpoints: str | Sequence[Size], patch_size: int
+) -> tuple[int, int]:
+    """Return how many tiles (across, down) a picture of this size is cut into."""
+    width, height = select_best_resolution(image_size, _pinpoints(grid_pinpoints))
+    return width // patch_size, height // patch_size
+
+
+def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: str | Sequence[Size]) -> torch.Tensor:
+    """Cut a picture into tiles next to a small view of the whole.
+
+    Args:
+        image: RGB picture.
+        processor: CLIP image processor.
+        grid_pinpoints: Candidate (width, height) grids, as a list or its text.
+
+    Returns:
+        [1 + tiles, 3, H, W]; index 0 is the whole picture, squeezed to a square.
+    """
+    resolution = select_best_resolution(image.size, _pinpoints(grid_pinpoints))
+    tiles = divide_to_patches(resize_and_pad_image(image, resolution), processor.crop_size["height"])
+    edge = processor.size["shortest_edge"]
+    views = [image.resize((edge, edge)), *tiles]
+    return torch.stack([_pixel_values(view, processor) for view in views])
+
+
+def unpad_image(tensor: torch.Tensor, original_size: Size) -> torch.Tensor:
+    """Cut off the rows or columns of a feature map that show the padding of ``resize_and_pad_image``.
+
+    Args:
+        tensor: [D, H, W] feature map of the padded picture.
+        original_size: (width, height) of the picture before padding.
+    """
+    width, height = original_size
+    current_height, current_width = tensor.shape[1:]
+    if width / height > current_width / current_height:
+        new_height = int(height * (current_width / width))
+        padding = (current_height - new_height) // 2
+        return tensor[:, padding : current_height - padding, :]
+    new_width = int(width * (current_height / height))
+    padding = (current_width - new_width) // 2
+    return tensor[:, :, padding : current_width - padding]
+
+
+def load_image_from_base64(image: str) -> Image.Image:
+    """Decode a base64 string into a picture."""
+    return Image.open(BytesIO(base64.b64decode(image)))
+
+
+def expand2square(pil_img: Image.Image, background_color: Any) -> Image.Image:
+    """Centre the picture on a square of the background colour; a square picture is returned as it is."""
+    width, height = pil_img.size
+    if width == height:
+        return pil_img
+    side = max(width, height)
+    square = Image.new(pil_img.mode, (side, side), background_color)
+    square.paste(pil_img, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _pixel_values(image: Image.Image, processor: Any) -> torch.Tensor:
+    """Run the processor on one picture: [3, H, W]."""
+    return processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
+
+
+def process_images(images: list[Image.Image], image_processor: Any, model_cfg: Any) -> Any:
+    """Turn pictures into the tensor that the model takes.
+
+    Args:
+        images: B pictures. A picture that is not RGB must be converted first.
+        image_processor: CLIP image processor.
+        model_cfg: Object with ``image_aspect_ratio`` ("pad", "anyres", anything else: the processor's own resize and
+            centre crop) and, for anyres, ``image_grid_pinpoints``.
+
+    Returns:
+        [B, 3, H, W]; for anyres [B, T, 3, H, W] or, when tile counts differ, a list of [T_i, 3, H, W].
+    """
+    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
+    if aspect_ratio == "pad":
+        # Truncated, not rounded: the checkpoints were trained with these colours.
+        colour = tuple(int(channel * 255) for channel in image_processor.image_mean)
+        pixels = [_pixel_values(expand2square(image, colour), image_processor) for image in images]
+    elif aspect_ratio == "anyres":
+        pixels = [process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in images]
+    else:
+        return image_processor(images, return_tensors="pt")["pixel_values"]
+    if len({tensor.shape for tensor in pixels}) == 1:
+        return torch.stack(pixels)
+    return pixels
+
+
+def tokenizer_image_token(
+    prompt: str, tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors: str | None = None
+) -> Any:
+    """Tokenise a prompt, with one ``image_token_index`` in place of every ``<image>``.
+
+    The texts between the marks are tokenised one by one, as in LLaVA's training.
+
+    Returns:
+        A list of ids, or a LongTensor [T] for ``return_tensors="pt"``.
+
+    Raises:
+        ValueError: If ``return_tensors`` is another string.
+    """
+    ids: list[int] = []
+    for index, piece in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
+        piece_ids = tokenizer(piece).input_ids
+        if index:
+            ids.append(image_token_index)
+            if piece_ids and piece_ids[0] == tokenizer.bos_token_id:
+                piece_ids = piece_ids[1:]
+        ids.extend(piece_ids)
+    if return_tensors is None:
+        return ids
+    if return_tensors == "pt":
+        return torch.tensor(ids, dtype=torch.long)
+    raise ValueError(f"return_tensors={return_tensors!r} is not supported; use 'pt' or None")
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """Return the last part of the path; a ``checkpoint-N`` folder gets its parent's name in front."""
+    parts = model_path.strip("/").split("/")
+    if parts[-1].startswith("checkpoint-") and len(parts) > 1:
+        return parts[-2] + "_" + parts[-1]
+    return parts[-1]
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Stop when every row has just said one of the keywords.
+
+    Works for outputs that begin with the prompt and for outputs that hold new tokens only.
+    """
+
+    def __init__(self, keywords: Sequence[str], tokenizer: Any, input_ids: torch.Tensor):
+        self.keywords = list(keywords)
+        self.tokenizer = tokenizer
+        self.start_len = input_ids.shape[1]
+        self.input_ids = input_ids
+        self.keyword_ids = [self._without_bos(tokenizer(keyword).input_ids) for keyword in self.keywords]
+        self.max_keyword_len = max((len(ids) for ids in self.keyword_ids), default=0)
+
+    def _without_bos(self, ids: list[int]) -> torch.Tensor:
+        return torch.tensor(ids[1:] if len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id else ids)
+
+    def _row_is_done(self, new_ids: torch.Tensor) -> bool:
+        for keyword in self.keyword_ids:
+            tail = new_ids[-len(keyword) :]
+            if len(keyword) and torch.equal(tail, keyword.to(tail.device)):
+                return True
+        tail = new_ids[max(0, len(new_ids) - self.max_keyword_len) :]
+        text = self.tokenizer.decode(tail, skip_special_tokens=True)
+        return any(keyword in text for keyword in self.keywords)
+
+    def __call__(self, output_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> Any:
+        """Return True when all rows of ``output_ids`` [B, L] end in a keyword."""
+        head = output_ids[:, : self.start_len]
+        holds_prompt = head.shape == self.input_ids.shape and torch.equal(head, self.input_ids.to(head.device))
+        new_ids = output_ids[:, self.start_len :] if holds_prompt else output_ids
+        return all(self._row_is_done(row) for row in new_ids)
+
+
+def resolve_image_path(image_folder: str | os.PathLike | None, name: str) -> str:
+    """Join a record's picture name to the picture folder.
+
+    Symbolic links inside the folder are followed; a name that climbs out of the folder is not.
+
+    Raises:
+        ValueError: If the path lies outside the folder.
+    """
+    if not image_folder:
+        return name
+    folder = os.path.abspath(image_folder)
+    path = os.path.normpath(os.path.join(folder, name))
+    if os.path.commonpath([folder, path]) != folder:
+        raise ValueError(
+            f"image {name!r} lies outside the image folder {str(image_folder)!r}; move it in or fix the name"
+        )
+    return path
