@@ -1,0 +1,72 @@
+"""A registry by name: one file in a package registers one entry, and nothing else has to change."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+_NAME = re.compile(r"^[a-z][a-z0-9_.-]*$")
+
+
+class Registry(Generic[T]):
+    """Named entries of one kind, found by importing every module of a package.
+
+    Args:
+        kind: what an entry is, in words; used in error messages.
+        package: the package whose modules register the entries; imported at the first look-up.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self._package = package
+        self._entries: dict[str, T] = {}
+        self._discovered = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that stores its argument under ``name``.
+
+        Raises:
+            ValueError: the name is malformed or already taken.
+        """
+        if not _NAME.match(name):
+            raise ValueError(f"{self.kind} name {name!r} must be lower case and start with a letter")
+
+        def add(entry: T) -> T:
+            if name in self._entries and self._entries[name] is not entry:
+                raise ValueError(f"{self.kind} {name!r} is already registered by {self._entries[name]!r}")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def get(self, name: str) -> T:
+        """Return the entry called ``name``.
+
+        Raises:
+            ValueError: there is none; the message lists the known names.
+        """
+        self._discover()
+        if name not in self._entries:
+            raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self.names())}")
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """Return all registered names in alphabetical order."""
+        self._discover()
+        return sorted(self._entries)
+
+    def __iter__(self) -> Iterator[T]:
+        self._discover()
+        return iter(list(self._entries.values()))
+
+    def _discover(self) -> None:
+        if self._discovered:
+            return
+        self._discovered = True
+        package = importlib.import_module(self._package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self._package}.{module.name}")

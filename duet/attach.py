@@ -1,0 +1,129 @@
+"""Attach DUET to one model instance and detach it again, exactly. The only file that writes on foreign instances."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from types import MethodType, TracebackType
+from typing import Any
+
+from torch import nn
+
+from duet import families
+from duet.config import CONFIG_KEY, DuetConfig
+
+logger = logging.getLogger(__name__)
+_MISSING = object()
+
+
+@dataclass
+class Handle:
+    """An attachment; use it as a context manager, or call ``detach``.
+
+    Attributes:
+        model: the instance that was changed.
+        config: what is in force, with the schedule in the model's own layers.
+        facts: sizes of the model.
+    """
+
+    model: Any
+    config: DuetConfig
+    facts: families.ModelFacts
+    _host_class: type = field(repr=False)
+    _stored_config: Any = field(default=_MISSING, repr=False)
+    _hooked_forward: Any = field(default=_MISSING, repr=False)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        detach(self.model)
+
+    def __repr__(self) -> str:
+        entering = self.config.entering_tokens(self.facts.patches)
+        average = self.config.average_tokens(self.facts.patches, self.facts.num_layers)
+        stages = ", ".join(f"after layer {layer} keep {ratio:g}" for layer, ratio in self.config.schedule.items()) or "none"
+        return (
+            f"DUET on {self._host_class.__name__}: {self.facts.patches} -> {entering} visual tokens per image "
+            f"(stage 1: {self.config.stage1}, {self.config.variant}), stages in the decoder: {stages}; "
+            f"{average:.2f} on average over {self.facts.num_layers} layers"
+        )
+
+
+def attach(model: nn.Module, config: DuetConfig | None = None) -> Handle:
+    """Reduce visual tokens in one model instance.
+
+    Nothing but this instance changes: its class becomes a subclass of its own class, and ``config.duet`` is set, so that
+    ``save_pretrained`` stores the configuration with the weights. Parameters and ``state_dict`` keys stay as they are.
+
+    Args:
+        model: a Hugging Face vision-language model of a supported family (a PEFT model's base is used).
+        config: what to keep; None takes what the model's own ``config.json`` carries under ``"duet"``.
+
+    Returns:
+        A handle; ``with duet.attach(model, config):`` detaches at the end of the block.
+
+    Raises:
+        ValueError: unsupported model, attached already, no configuration, or one that does not fit the model.
+    Source: DUET-VLM Sec. 3.
+    """
+    model = _unwrap(model)
+    if _handle(model) is not None:
+        raise ValueError("DUET is already attached to this model; call duet.detach(model) first")
+    family = families.find(model)
+    config = config or DuetConfig.from_model_config(model.config)
+    if config is None:
+        raise ValueError("no configuration: pass a DuetConfig, for example DuetConfig.preset('llava-1.5-7b', tokens=192)")
+    facts = family.facts(model)
+    config.validate(facts.patches, facts.num_layers, facts.class_token)
+    handle = Handle(model, config.for_depth(facts.num_layers), facts, type(model))
+    handle._stored_config = vars(model.config).get(CONFIG_KEY, _MISSING)
+    setattr(model.config, CONFIG_KEY, config.to_dict())
+    model._duet = handle  # type: ignore[assignment]
+    if family.mixin is not None:
+        _insert_mixin(model, family.mixin, handle)
+    logger.info("%r", handle)
+    return handle
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undo ``attach`` exactly: same class, same ``__dict__`` keys, same outputs to the bit.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: DUET is not attached.
+    """
+    model = _unwrap(model)
+    handle = _handle(model)
+    if handle is None:
+        raise ValueError("DUET is not attached to this model")
+    model.__class__ = handle._host_class
+    if handle._hooked_forward is not _MISSING:
+        model.__dict__["_old_forward"] = handle._hooked_forward
+    del model.__dict__["_duet"]
+    if handle._stored_config is _MISSING:
+        delattr(model.config, CONFIG_KEY)
+    else:
+        setattr(model.config, CONFIG_KEY, handle._stored_config)
+    return model
+
+
+def _handle(model: nn.Module) -> Handle | None:
+    return vars(model).get("_duet")
+
+
+def _unwrap(model: nn.Module) -> Any:
+    """Return the base model of a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _insert_mixin(model: nn.Module, mixin: type, handle: Handle) -> None:
+    """Give the instance a class that puts ``mixin`` before its own; the host's name stays for saved configurations."""
+    host = type(model)
+    model.__class__ = type(host.__name__, (mixin, host), {"__module__": host.__module__, "__doc__": mixin.__doc__})
+    if "_old_forward" in vars(model):
+        # accelerate's device_map hooks keep the host's bound forward here and call it after moving the inputs
+        handle._hooked_forward = vars(model)["_old_forward"]
+        model.__dict__["_old_forward"] = MethodType(type(model).forward, model)  # type: ignore[attr-defined]

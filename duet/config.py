@@ -1,0 +1,256 @@
+"""``DuetConfig``: what is kept where, validated, and stored in a model's ``config.json`` under ``"duet"``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from duet import budget
+from duet.presets import PRESETS
+
+QUERIES = ("last", "all", "salient")
+POSITIONS = ("auto", "compact", "original")
+VARIANTS = ("paper", "release")
+CONFIG_KEY = "duet"
+
+
+def _default_schedule() -> dict[int, float]:
+    return {16: 0.5, 24: 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuetConfig:
+    """Which visual tokens survive, in the vision tower (stage 1) and in the language model (stage 2).
+
+    Attributes:
+        dominant: ``k1``, the most attended patches, kept as they are (tokens per tower pass).
+        contextual: ``k2``, tokens that each average a local cluster of the rest (tokens per tower pass).
+        cluster_width: ``w``, how many residual tokens one contextual token averages.
+        schedule: number of decoder layers that have run -> share of the entering visual tokens that is kept.
+        queries: the text rows that rank visual tokens in stage 2: ``"last"``, ``"all"``, ``"salient"``, or a tuple of
+            indices among the rows of ``"all"`` (negative ones count from the end).
+        positions: ``"compact"`` renumbers 0..n-1 after a drop, ``"original"`` keeps the numbers that tokens entered
+            with, ``"auto"`` is compact for 1-D rotary positions and original for multi-axis ones.
+        variant: ``"paper"`` is Algorithm 1; ``"release"`` is the code that its authors published.
+        stage1: name of the vision reducer, or ``"none"``.
+        salient_tokens: how many text tokens ``queries="salient"`` picks besides the last one.
+        depth: the number of decoder layers that ``schedule`` was written for; it is rescaled to the model's depth.
+            ``None`` takes the layers literally.
+
+    Raises:
+        ValueError: a field is out of range; the message names it.
+    Source: DUET-VLM Sec. 3, Algorithm 1, Tables 12-15.
+    """
+
+    dominant: int = 300
+    contextual: int = 7
+    cluster_width: int = 4
+    schedule: Mapping[int, float] = field(default_factory=_default_schedule)
+    queries: str | tuple[int, ...] = "last"
+    positions: str = "auto"
+    variant: str = "paper"
+    stage1: str = "local_cluster"
+    salient_tokens: int = 5
+    depth: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", _clean_schedule(self.schedule))
+        if isinstance(self.queries, list):
+            object.__setattr__(self, "queries", tuple(self.queries))
+        self._check_stage1()
+        self._check_stage2()
+
+    def _check_stage1(self) -> None:
+        for name in ("dominant", "contextual"):
+            _check_count(name, getattr(self, name), least=0)
+        _check_count("cluster_width", self.cluster_width, least=1)
+        _check_count("salient_tokens", self.salient_tokens, least=1)
+        _check_choice("variant", self.variant, VARIANTS)
+        if self.stage1 != "none":
+            from duet.stage1 import VISION_REDUCERS
+
+            VISION_REDUCERS.get(self.stage1)
+            if self.entering < 1:
+                raise ValueError("dominant + contextual must be at least 1; use stage1='none' to keep every patch")
+            if self.counts_class_token and self.dominant < 1:
+                raise ValueError("dominant must be at least 1 here: the class token counts as one dominant token")
+
+    def _check_stage2(self) -> None:
+        _check_choice("positions", self.positions, POSITIONS)
+        if isinstance(self.queries, str):
+            _check_choice("queries", self.queries, QUERIES)
+        elif not self.queries or not all(isinstance(i, int) for i in self.queries):
+            raise ValueError(f"queries must be one of {QUERIES} or a non-empty tuple of ints, got {self.queries!r}")
+        if self.depth is not None:
+            _check_count("depth", self.depth, least=1)
+            _check_schedule_depth(self.schedule, self.depth)
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict(), sort_keys=True))
+
+    @property
+    def entering(self) -> int:
+        """``k1 + k2``: visual tokens that stage 1 hands on per tower pass."""
+        return self.dominant + self.contextual
+
+    @classmethod
+    def none(cls) -> DuetConfig:
+        """Return the configuration that reduces nothing."""
+        return cls(stage1="none", schedule={})
+
+    @classmethod
+    def preset(cls, name: str, tokens: int, **overrides: Any) -> DuetConfig:
+        """Return a row of the paper's Tables 12-15, for one tower pass.
+
+        Args:
+            name: a key of ``duet.presets.PRESETS``, for example ``"llava-1.5-7b"``.
+            tokens: the row, by its nominal average of visual tokens per layer.
+            **overrides: fields to change, for example ``queries="all"``.
+
+        Raises:
+            ValueError: no such preset or row; the message lists what there is.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known: {', '.join(sorted(PRESETS))}")
+        rows = PRESETS[name]
+        if tokens not in rows:
+            raise ValueError(f"preset {name!r} has rows {sorted(rows)}, not {tokens}; use budget.solve_entering for others")
+        row = rows[tokens]
+        values: dict[str, Any] = {
+            "dominant": row.dominant // row.units,
+            "contextual": row.contextual // row.units,
+            "schedule": dict(row.schedule),
+            "depth": row.depth,
+        }
+        return cls(**(values | overrides))
+
+    def for_depth(self, num_layers: int) -> DuetConfig:
+        """Return the same configuration with its schedule in layers of a decoder of ``num_layers``.
+
+        Raises:
+            ValueError: a stage lies beyond the depth, or two stages fall on one layer after rescaling.
+        """
+        schedule = self.schedule
+        if self.depth is not None and self.depth != num_layers:
+            scaled = [(round(layer * num_layers / self.depth), ratio) for layer, ratio in schedule.items()]
+            if len({layer for layer, _ in scaled}) < len(scaled) or any(layer < 1 for layer, _ in scaled):
+                raise ValueError(f"schedule {dict(schedule)} for {self.depth} layers does not fit into {num_layers}")
+            schedule = dict(scaled)
+        _check_schedule_depth(schedule, num_layers)
+        return replace(self, schedule=schedule, depth=num_layers)
+
+    def validate(self, patches: int, num_layers: int, class_token: bool = True) -> None:
+        """Check the configuration against a model.
+
+        Args:
+            patches: patches per tower pass.
+            num_layers: decoder depth.
+            class_token: whether the tower has a class token.
+
+        Raises:
+            ValueError: more tokens are asked for than there are patches, or the schedule does not fit the depth.
+        """
+        self.for_depth(num_layers)
+        if self.stage1 == "none":
+            return
+        available = patches + int(class_token and self.counts_class_token)
+        if self.entering > available:
+            raise ValueError(
+                f"dominant + contextual = {self.dominant} + {self.contextual} = {self.entering}, but the vision tower "
+                f"gives {available} tokens per image; lower one of them"
+            )
+
+    @property
+    def counts_class_token(self) -> bool:
+        """Whether the class token is forwarded as one of the dominant tokens (the released code and VisionZip do)."""
+        return self.stage1 == "visionzip" or (self.stage1 == "local_cluster" and self.variant == "release")
+
+    def entering_tokens(self, patches: int) -> int:
+        """Return the visual tokens that enter the language model per tower pass of ``patches`` patches."""
+        return patches if self.stage1 == "none" else self.entering
+
+    def tokens_per_layer(self, patches: int, num_layers: int) -> list[int]:
+        """Return the visual tokens that each decoder layer sees for one image."""
+        config = self.for_depth(num_layers)
+        return budget.tokens_per_layer(self.entering_tokens(patches), config.schedule, num_layers)
+
+    def average_tokens(self, patches: int, num_layers: int) -> float:
+        """Return the mean of ``tokens_per_layer``."""
+        return sum(self.tokens_per_layer(patches, num_layers)) / num_layers
+
+    def is_noop(self, patches: int) -> bool:
+        """Return whether nothing is removed or changed for a tower pass of ``patches`` patches."""
+        all_kept = self.stage1 == "none" or (
+            not self.counts_class_token and self.dominant == patches and self.contextual == 0
+        )
+        return all_kept and all(ratio == 1.0 for ratio in self.schedule.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dictionary; ``from_dict`` reads it back."""
+        out = {f.name: getattr(self, f.name) for f in fields(self)}
+        out["schedule"] = {str(layer): ratio for layer, ratio in self.schedule.items()}
+        out["queries"] = self.queries if isinstance(self.queries, str) else list(self.queries)
+        return out
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DuetConfig:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            ValueError: an unknown field; the message lists the known ones.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown field(s) {', '.join(unknown)} in the duet configuration; known: {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_model_config(cls, config: object) -> DuetConfig | None:
+        """Return what a model's configuration carries under ``"duet"``, or None."""
+        stored = getattr(config, CONFIG_KEY, None)
+        return None if stored is None else cls.from_dict(stored)
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _clean_schedule(schedule: Mapping[int, float]) -> dict[int, float]:
+    """Return the schedule with int keys in ascending order, after checking ratios."""
+    if not isinstance(schedule, Mapping):
+        raise ValueError(f"schedule must map layers to keep ratios, for example {{16: 0.5, 24: 0.0}}, got {schedule!r}")
+    try:
+        clean = {int(layer): float(schedule[layer]) for layer in sorted(schedule, key=int)}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"schedule must map layers to keep ratios, got {dict(schedule)!r}") from error
+    previous = 1.0
+    for layer, ratio in clean.items():
+        if layer < 1:
+            raise ValueError(f"schedule layer {layer} must be at least 1: a stage acts after that many layers")
+        if not 0.0 <= ratio <= 1.0:
+            raise ValueError(f"keep ratio {ratio} at layer {layer} must lie in [0, 1]")
+        if ratio > previous:
+            raise ValueError(
+                f"keep ratio {ratio} at layer {layer} is larger than {previous} before it; ratios are relative to the "
+                "tokens that entered the first layer, so they cannot grow"
+            )
+        previous = ratio
+    return clean
+
+
+def _check_schedule_depth(schedule: Mapping[int, float], num_layers: int) -> None:
+    beyond = [layer for layer in schedule if layer >= num_layers]
+    if beyond:
+        raise ValueError(
+            f"schedule layer {beyond[0]} is beyond the model: a stage must act before the last of {num_layers} layers "
+            f"(1 to {num_layers - 1}); set depth=<layers the schedule was written for> to rescale it"
+        )

@@ -1,0 +1,352 @@
+"""One loop for every Hugging Face decoder that has ``layers``, ``norm`` and ``rotary_emb`` (stage 2).
+
+A drop splits the decoder into segments; each segment owns one (valid mask, positions, rotary tables) triple. "No
+reduction" is the same loop with one segment. What decoding needs later lives in the cache object.
+
+Shapes: B batch, L sequence, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from duet import tracing
+from duet.budget import kept_tokens
+from duet.cache import CachedSegment, DuetCache
+from duet.config import DuetConfig
+from duet.stage2 import LANGUAGE_REDUCERS
+from duet.stage2.text_guided import answers_from_labels, query_rows
+from duet.tokens import TokenState, compact_positions, is_left_padded, rank_descending
+
+
+@dataclass
+class DecoderOutput:
+    """What ``run_decoder`` returns.
+
+    Attributes:
+        last_hidden_state: [B, L', D] after the final norm; L' is shorter than L where tokens were dropped.
+        labels: [B, L'] or None.
+        attention_mask: [B, L'] bool, or None when nothing is padding.
+        past_key_values: the cache to go on with; it replaces the one that was passed in.
+        hidden_states: the input of every layer and the last output, if asked for; their lengths differ after drops.
+    """
+
+    last_hidden_state: Tensor
+    labels: Tensor | None = None
+    attention_mask: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+def run_decoder(
+    decoder: nn.Module,
+    inputs_embeds: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    visual_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    answer_mask: Tensor | None = None,
+    query_indices: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    use_cache: bool = False,
+    config: DuetConfig | None = None,
+    fed_length: int | None = None,
+    output_hidden_states: bool = False,
+    **layer_kwargs: Any,
+) -> DecoderOutput:
+    """Run a decoder and drop visual tokens after the layers that ``config.schedule`` names.
+
+    Args:
+        decoder: the model without its head (``LlamaModel``, ``MistralModel``, ``Qwen2Model``, ...).
+        inputs_embeds: [B, L, D]; on a decoding step only the new positions.
+        attention_mask: [B, L], left or right padding; ignored on a decoding step of a reduced cache, except for its
+            last columns when several positions are fed at once.
+        position_ids: [B, L]; None counts the tokens of each sample from 0.
+        visual_mask: [B, L] bool, positions that came from an image; None means none did.
+        labels: [B, L], -100 where nothing is predicted; gathered with the tokens.
+        answer_mask: [B, L] bool, positions that must not rank; default: where labels supervise.
+        query_indices: [B, R] positions of the rows that rank, padded with -1; overrides ``config.queries``.
+        past_key_values: a cache from an earlier call, or an empty one.
+        use_cache: fill a cache and return it.
+        config: None, or a configuration without stages, is the decoder's own forward to the bit.
+        fed_length: the length that the caller counts for this input, if stage 1 shortened it.
+        output_hidden_states: also return the input of every layer.
+        **layer_kwargs: passed to every layer.
+
+    Raises:
+        ValueError: attention maps are asked for, or the cache cannot hold a reduction.
+    Source: DUET-VLM Sec. 3.2.
+    """
+    if layer_kwargs.pop("output_attentions", False):
+        raise ValueError("output_attentions is not available: no attention map is ever computed; use duet.trace instead")
+    if isinstance(past_key_values, DuetCache) and past_key_values.segments:
+        return _continue(decoder, inputs_embeds, attention_mask, past_key_values, output_hidden_states, layer_kwargs)
+    reduces = config is not None and not (config.stage1 == "none" and not config.schedule)
+    if not reduces:
+        return _plain(
+            decoder, inputs_embeds, attention_mask, position_ids, labels, past_key_values, use_cache,
+            visual_mask, output_hidden_states, layer_kwargs,
+        )  # fmt: skip
+    assert config is not None
+    cache = _fresh_cache(decoder, past_key_values) if use_cache else None
+    state = _initial_state(inputs_embeds, attention_mask, position_ids, visual_mask, labels)
+    state = replace(state, queries=_queries(state, labels, answer_mask, query_indices, config))
+    if query_indices is not None:
+        config = replace(config, queries="all")
+    pass_ = _ReducedPass(decoder, config.for_depth(len(decoder.layers)), cache, output_hidden_states, layer_kwargs)  # type: ignore[arg-type]
+    state = pass_.run(state)
+    if cache is not None:
+        cache.fed = inputs_embeds.shape[1] if fed_length is None else fed_length
+    hidden = decoder.norm(state.hidden)  # type: ignore[operator]
+    return DecoderOutput(hidden, state.labels, state.valid, cache, pass_.all_hidden(hidden))
+
+
+def _plain(
+    decoder, inputs_embeds, attention_mask, position_ids, labels, cache, use_cache, visual, want_hidden, layer_kwargs
+) -> DecoderOutput:  # fmt: skip
+    """The decoder's own forward, layer by layer: one segment, nothing dropped."""
+    if use_cache and cache is None:
+        cache = DynamicCache(config=decoder.config)
+    if position_ids is None:
+        seen = cache.get_seq_length() if cache is not None else 0
+        position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+    if tracing.is_active() and (cache is None or cache.get_seq_length() == 0):
+        _record_plain(decoder, inputs_embeds, attention_mask, visual)
+    seen_states: list[Tensor] | None = [] if want_hidden else None
+    hidden = _run_layers(
+        decoder, inputs_embeds, 0, len(decoder.layers), attention_mask, position_ids, cache, layer_kwargs,
+        use_cache=use_cache, mask_positions=position_ids, seen_states=seen_states,
+    )  # fmt: skip
+    hidden = decoder.norm(hidden)
+    states = None if seen_states is None else (*seen_states, hidden)
+    return DecoderOutput(hidden, labels, attention_mask, cache, states)
+
+
+def _record_plain(decoder: nn.Module, hidden: Tensor, attention_mask: Tensor | None, visual: Tensor | None) -> None:
+    batch, length, _ = hidden.shape
+    tokens = [length] * batch if attention_mask is None or attention_mask.dim() != 2 else attention_mask.sum(1).tolist()
+    images = [0] * batch if visual is None else visual.sum(1).tolist()
+    tracing.record_pass([tracing.LayerCount(0, len(decoder.layers), images, tokens, length)])  # type: ignore[arg-type]
+
+
+def _run_layers(
+    decoder, hidden, start, stop, attention_mask, position_ids, cache, layer_kwargs,
+    use_cache=False, mask_positions=None, seen_states=None,
+) -> Tensor:  # fmt: skip
+    """Run layers ``start`` to ``stop - 1`` with one mask and one rotary table."""
+    masks = _masks(decoder, hidden, attention_mask, cache, mask_positions, start)
+    rotary = decoder.rotary_emb(hidden, position_ids)
+    for index in range(start, stop):
+        if seen_states is not None:
+            seen_states.append(hidden)
+        out = decoder.layers[index](
+            hidden,
+            attention_mask=masks[_layer_type(decoder.config, index)],
+            position_embeddings=rotary,
+            position_ids=mask_positions,
+            past_key_values=cache,
+            use_cache=use_cache,
+            **layer_kwargs,
+        )
+        hidden = out if isinstance(out, Tensor) else out[0]
+    return hidden
+
+
+def _layer_type(config: Any, index: int) -> str:
+    types = getattr(config, "layer_types", None)
+    if types:
+        return types[index]
+    return "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+
+
+def _masks(decoder, hidden, attention_mask, cache, position_ids, layer: int) -> dict[str, Any]:
+    """Return one mask per attention type that the decoder has."""
+    makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+    needed = {_layer_type(decoder.config, index) for index in range(len(decoder.layers))}
+    if needed - set(makers):
+        raise ValueError(f"attention types {sorted(needed - set(makers))} are not supported; known: {sorted(makers)}")
+    return {
+        kind: makers[kind](
+            config=decoder.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+            **({} if cache is None else {"layer_idx": layer}),
+        )
+        for kind in needed
+    }
+
+
+def _fresh_cache(decoder: nn.Module, given: Cache | None) -> DuetCache:
+    """Return an empty cache for a reduced prefill; an empty dynamic one that ``generate`` made is replaced."""
+    if given is None or (type(given) in (DynamicCache, DuetCache) and given.get_seq_length() == 0):
+        return DuetCache(config=decoder.config)
+    if given.get_seq_length() > 0:
+        raise ValueError(
+            "the cache already holds positions of an unreduced pass; start a reduced prefill with an empty cache"
+        )
+    raise ValueError(
+        f"a {type(given).__name__} cannot hold layers of different lengths; use the default dynamic cache with DUET"
+    )
+
+
+def _initial_state(inputs_embeds, attention_mask, position_ids, visual_mask, labels) -> TokenState:
+    batch, length, _ = inputs_embeds.shape
+    device = inputs_embeds.device
+    valid = None
+    if attention_mask is not None:
+        if attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must be [batch, length] with DUET, got shape {tuple(attention_mask.shape)}")
+        valid = attention_mask.to(device=device, dtype=torch.bool)
+        valid = None if bool(valid.all()) else valid
+    index = torch.arange(length, device=device).expand(batch, -1)
+    visual = torch.zeros_like(index, dtype=torch.bool) if visual_mask is None else visual_mask.to(device)
+    if position_ids is None:
+        position_ids = compact_positions(valid, batch, length, device)
+    return TokenState(
+        hidden=inputs_embeds,
+        valid=valid,
+        visual=visual if valid is None else visual & valid,
+        queries=torch.zeros_like(visual),
+        origin=index,
+        positions=position_ids,
+        labels=labels,
+        left_padded=is_left_padded(valid),
+    )
+
+
+def _queries(state: TokenState, labels, answer_mask, query_indices, config: DuetConfig) -> Tensor:
+    if query_indices is not None:
+        given = query_indices.to(state.visual.device)
+        marks = torch.zeros_like(state.visual, dtype=torch.int32)
+        marks.scatter_add_(1, given.clamp(min=0), (given >= 0).int())
+        return marks > 0
+    answers = answers_from_labels(labels) if answer_mask is None else answer_mask
+    return query_rows(state.valid, state.visual, answers, config.queries)
+
+
+class _ReducedPass:
+    """One prefill or training forward with drops between segments of layers."""
+
+    def __init__(self, decoder: Any, config: DuetConfig, cache: DuetCache | None, want_hidden: bool, layer_kwargs: dict):
+        self._decoder = decoder
+        self._config = config
+        self._cache = cache
+        self._kwargs = layer_kwargs
+        self._states: list[Tensor] | None = [] if want_hidden else None
+        self._depth = len(decoder.layers)
+        self._multi_axis = False
+
+    def all_hidden(self, last: Tensor) -> tuple[Tensor, ...] | None:
+        """Return the input of every layer and the normed output, if asked for."""
+        return None if self._states is None else (*self._states, last)
+
+    def run(self, state: TokenState) -> TokenState:
+        """Run all layers and return the state after the last one."""
+        self._multi_axis = state.positions.dim() == 3
+        recorder = tracing.DropRecorder(state.visual)
+        entering, lengths = self._counts(state)
+        visual, counts = list(entering), []
+        edges = [*self._config.schedule, self._depth]
+        start = 0
+        for stop in edges:
+            counts.append(tracing.LayerCount(start, stop, list(visual), list(lengths), state.hidden.shape[1]))
+            state = self._segment(state, start, stop)
+            if stop == self._depth:
+                break
+            kept = [kept_tokens(n, self._config.schedule[stop]) for n in entering]
+            lengths = [length - before + now for length, before, now in zip(lengths, visual, kept, strict=True)]
+            if kept != visual or self._decoder.training:
+                state = self._drop(state, stop, visual, kept, lengths)
+            visual, start = kept, stop
+            recorder.record(stop, state)
+        tracing.record_pass(counts)
+        return state
+
+    def _counts(self, state: TokenState) -> tuple[list[int], list[int]]:
+        """Visual tokens and all tokens per sample, on the host: the one synchronisation of a pass."""
+        batch, length = state.visual.shape
+        tokens = state.visual.new_full((batch,), length, dtype=torch.long) if state.valid is None else state.valid.sum(1)
+        visual, total = torch.stack((state.visual.sum(1), tokens)).tolist()
+        return visual, total
+
+    def _segment(self, state: TokenState, start: int, stop: int) -> TokenState:
+        hidden = _run_layers(
+            self._decoder, state.hidden, start, stop, state.valid, state.positions, self._cache, self._kwargs,
+            use_cache=self._cache is not None, seen_states=self._states,
+        )  # fmt: skip
+        if self._cache is not None:
+            self._cache.segments.append(CachedSegment(start, stop, state.valid, _next_position(state)))
+        return replace(state, hidden=hidden)
+
+    def _drop(
+        self, state: TokenState, layer: int, before: list[int], kept: list[int], lengths: list[int]
+    ) -> TokenState:
+        tokens = torch.ones_like(state.visual) if state.valid is None else state.valid
+        keep = tokens & ~state.visual
+        # Every rank must run the same modules under ZeRO-3, so in training the ranking runs without images, too.
+        if any(kept) or (self._decoder.training and self._config.schedule[layer] > 0):
+            keep = keep | self._best_visual(state, layer, kept)
+        if kept == before:
+            return state
+        length = max(lengths)
+        state = state.keep(keep, length, padded=min(lengths) < length)
+        if self._config.positions == "original" or (self._config.positions == "auto" and self._multi_axis):
+            return state
+        positions = compact_positions(state.valid, len(lengths), length, state.hidden.device)
+        return replace(state, positions=positions)
+
+    def _best_visual(self, state: TokenState, layer: int, kept: list[int]) -> Tensor:
+        """Mark the ``kept[b]`` visual tokens of each sample that the query rows attend to most. Shapes: [B, L]."""
+        rotary = self._decoder.rotary_emb(state.hidden, state.positions)
+        score = LANGUAGE_REDUCERS.get("text_guided")(self._decoder.layers[layer], state, rotary, self._config)
+        order = rank_descending(score.masked_fill(~state.visual, -1.0))
+        quota = torch.tensor(kept, device=order.device).unsqueeze(1)
+        chosen = torch.arange(order.shape[1], device=order.device) < quota
+        return torch.zeros_like(state.visual).scatter(1, order, chosen) & state.visual
+
+
+def _next_position(state: TokenState) -> Tensor:
+    """Return the rotary position after the last token of each sample. Shapes: [B], or [A, B] for multi-axis ones."""
+    positions = state.positions if state.valid is None else state.positions.masked_fill(~state.valid, -1)
+    return positions.max(dim=-1).values.expand(*positions.shape[:-2], state.hidden.shape[0]) + 1
+
+
+def _continue(
+    decoder: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: DuetCache, want_hidden: bool, kwargs: dict
+) -> DecoderOutput:
+    """Run new positions through a decoder whose layers hold different lengths. Nothing is ranked any more."""
+    batch, new, _ = inputs_embeds.shape
+    fresh = None
+    if new > 1 and attention_mask is not None and attention_mask.dim() == 2:
+        fresh = attention_mask[:, -new:].bool()
+        fresh = None if bool(fresh.all()) else fresh
+    steps = torch.arange(new, device=inputs_embeds.device) if fresh is None else (fresh.long().cumsum(1) - 1).clamp(min=0)
+    hidden, states = inputs_embeds, [] if want_hidden else None
+    for segment in cache.segments:
+        positions = segment.next_position.unsqueeze(-1) + steps
+        segment.valid = _extend(segment.valid, fresh, batch, new, cache.get_seq_length(segment.start), hidden.device)
+        hidden = _run_layers(
+            decoder, hidden, segment.start, segment.stop, segment.valid, positions, cache, kwargs,
+            use_cache=True, seen_states=states,
+        )  # fmt: skip
+        segment.next_position = segment.next_position + (new if fresh is None else fresh.sum(1))
+    cache.fed += new
+    hidden = decoder.norm(hidden)
+    return DecoderOutput(hidden, None, None, cache, None if states is None else (*states, hidden))
+
+
+def _extend(valid: Tensor | None, fresh: Tensor | None, batch: int, new: int, held: int, device) -> Tensor | None:
+    if valid is None and fresh is None:
+        return None
+    old = torch.ones(batch, held, dtype=torch.bool, device=device) if valid is None else valid
+    added = torch.ones(batch, new, dtype=torch.bool, device=device) if fresh is None else fresh
+    return torch.cat((old, added), dim=1)

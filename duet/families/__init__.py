@@ -1,0 +1,64 @@
+"""Model families: how to reach the parts of a Hugging Face model. One file in this package is one family.
+
+A family subclasses ``Family`` and registers an instance under the model's ``model_type``:
+``FAMILIES.register("llava")(LlavaFamily())``. Packages that own their model classes register theirs in the same way.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from duet._registry import Registry
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a configuration is checked against.
+
+    Attributes:
+        patches: patches per tower pass.
+        num_layers: decoder layers.
+        class_token: whether the tower has a class token.
+    """
+
+    patches: int
+    num_layers: int
+    class_token: bool
+
+
+class Family(ABC):
+    """How DUET enters one kind of model."""
+
+    mixin: type | None = None
+    """Class that is put in front of the model's own class while DUET is attached; None if the model reduces by itself."""
+
+    @abstractmethod
+    def facts(self, model: Any) -> ModelFacts:
+        """Return the sizes that a configuration must fit."""
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError if this particular model cannot be reduced."""
+
+
+FAMILIES: Registry[Family] = Registry("model family", "duet.families")
+
+
+def find(model: nn.Module) -> Family:
+    """Return the family of a model.
+
+    Raises:
+        ValueError: the model has no ``config.model_type`` or an unsupported one; the supported ones are listed.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in FAMILIES.names():
+        raise ValueError(
+            f"duet.attach does not know {type(model).__name__} (model_type {model_type!r}); supported model types: "
+            f"{', '.join(FAMILIES.names())}"
+        )
+    family = FAMILIES.get(model_type)
+    family.check(model)
+    return family

@@ -1,0 +1,197 @@
+"""What a reducer may ask of an attention layer, computed from queries and keys without an attention map.
+
+A row of attention is one query against all keys. A column mass, how much attention a token receives, is summed over
+blocks of queries, so memory is O(block * N), never N * N, and the layer itself keeps SDPA or FlashAttention.
+Scores and softmax are in fp32.
+
+Shapes: B batch, H heads, M tower tokens (class token included), N patches, R rows, L sequence, T text tokens, d head width.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+_BLOCK_ELEMENTS = 1 << 23  # scores held at once (fp32: 32 MiB); large enough to keep two cores or a GPU busy
+
+
+def _block_rows(batch: int, heads: int, keys: int, rows: int) -> int:
+    """Return how many query rows to score at once; never all of them for long sequences."""
+    return max(1, min(rows, 256, _BLOCK_ELEMENTS // max(1, batch * heads * keys)))
+
+
+class TowerSignals:
+    """Signals of one block of a vision transformer, computed on demand from the block's input.
+
+    Args:
+        hidden_BMD: input of the block after its first layer norm, [B, M, D].
+        attention: the block's attention module, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
+        class_token: whether token 0 is a class token.
+    """
+
+    def __init__(self, hidden_BMD: Tensor, attention: nn.Module, class_token: bool) -> None:
+        self._hidden = hidden_BMD
+        self._attention = attention
+        self._heads = int(attention.num_heads)  # type: ignore[arg-type]
+        self.class_token = class_token
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self._heads, -1)).transpose(1, 2)
+
+    def _queries(self, hidden: Tensor) -> Tensor:
+        return self._split(self._attention.q_proj(hidden)).float() * self._attention.scale
+
+    @cached_property
+    def _keys(self) -> Tensor:
+        return self._split(self._attention.k_proj(self._hidden))
+
+    @property
+    def _first_patch(self) -> int:
+        return int(self.class_token)
+
+    def class_row(self) -> Tensor:
+        """Return the class token's attention to the patches, per head.
+
+        Shapes: returns [B, H, N]; the softmax runs over all M keys, then the class column is cut off.
+        Raises:
+            ValueError: the tower has no class token.
+        """
+        if not self.class_token:
+            raise ValueError("this vision tower has no class token; use column_mass() instead of class_row()")
+        query = self._queries(self._hidden[:, :1])
+        return (query @ self._keys.float().transpose(-1, -2)).softmax(-1)[:, :, 0, 1:]
+
+    def column_mass(self) -> Tensor:
+        """Return the attention that each patch receives from all patches, averaged over heads and queries.
+
+        Shapes: returns [B, N]. Source: DUET-VLM Algorithm 1 line 2 (a sum there; the ranking is the same).
+        """
+        keys = self._keys.float().transpose(-1, -2)
+        query = self._queries(self._hidden[:, self._first_patch :])
+        batch, heads, rows, _ = query.shape
+        mass = query.new_zeros(batch, keys.shape[-1])
+        for block in query.split(_block_rows(batch, heads, keys.shape[-1], rows), dim=2):
+            mass += (block @ keys).softmax(-1).sum(dim=(1, 2))
+        return mass[:, self._first_patch :] / (heads * rows)
+
+    def rows(self, patch_BR: Tensor) -> Tensor:
+        """Return the attention rows of chosen patches over all patches, averaged over heads.
+
+        Shapes: patch indices [B, R]; returns [B, R, N]. Source: Algorithm 1 line 6.
+        """
+        index = (patch_BR + self._first_patch).unsqueeze(-1).expand(-1, -1, self._hidden.shape[-1])
+        query = self._queries(self._hidden.gather(1, index))
+        keys = self._keys.float().transpose(-1, -2)
+        size = _block_rows(query.shape[0], query.shape[1], keys.shape[-1], query.shape[2])
+        parts = [(block @ keys).softmax(-1).mean(1) for block in query.split(size, dim=2)]
+        return torch.cat(parts, dim=1)[..., self._first_patch :]
+
+    def key_metric(self) -> Tensor:
+        """Return the keys of all tower tokens averaged over heads, before any rotation. Shapes: [B, M, d]."""
+        return self._keys.mean(1)
+
+
+def rotate(x_BHLd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions in the half-split layout of Hugging Face decoders.
+
+    Shapes: x [B, H, L, d]; cos, sin [B or 1, L, r] with r <= d (the rest of the head is not rotated).
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    width = cos.shape[-1]
+    turned, rest = x_BHLd[..., :width], x_BHLd[..., width:]
+    first, second = turned.chunk(2, dim=-1)
+    out = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
+
+
+class DecoderSignals:
+    """Attention of chosen rows at the input of one decoder layer, evaluated with that layer's own weights.
+
+    Args:
+        layer: a decoder layer with ``input_layernorm`` and ``self_attn`` (``q_proj``, ``k_proj``, optional norms).
+        hidden_BLD: input of the layer, [B, L, D].
+        rotary: (cos, sin) of the current positions, each [B or 1, L, r].
+        valid_BL: [B, L] bool, or None when nothing is padding.
+    """
+
+    def __init__(self, layer: nn.Module, hidden_BLD: Tensor, rotary: tuple[Tensor, Tensor], valid_BL: Tensor | None):
+        self._attention: nn.Module = layer.self_attn  # type: ignore[assignment]
+        self._normed = layer.input_layernorm(hidden_BLD)  # type: ignore[operator]
+        self._rotary = rotary
+        self._valid = valid_BL
+
+    def _heads(self, x: Tensor, norm: str) -> Tensor:
+        x = x.unflatten(-1, (-1, int(self._attention.head_dim)))  # type: ignore[arg-type]
+        if hasattr(self._attention, norm):
+            x = getattr(self._attention, norm)(x)
+        return x.transpose(1, 2)
+
+    @cached_property
+    def _keys(self) -> Tensor:
+        """Rotated keys, [B, Hkv, L, d]."""
+        keys = self._heads(self._attention.k_proj(self._normed), "k_norm")  # type: ignore[operator]
+        return rotate(keys, *self._rotary).float()
+
+    def _queries(self, index_BR: Tensor) -> Tensor:
+        """Rotated and scaled queries of chosen rows, grouped by key head: [B, Hkv, G, R, d]."""
+        picked = self._normed.gather(1, index_BR.unsqueeze(-1).expand(-1, -1, self._normed.shape[-1]))
+        query = self._heads(self._attention.q_proj(picked), "q_norm")  # type: ignore[operator]
+        cos, sin = (_pick_rows(table, index_BR) for table in self._rotary)
+        query = rotate(query, cos, sin).float() * self._attention.scaling
+        return query.unflatten(1, (self._keys.shape[1], -1))
+
+    def received(self, index_BR: Tensor, counted_BR: Tensor) -> Tensor:
+        """Return the attention that each position receives from chosen rows, averaged over heads and rows.
+
+        The softmax runs over the whole causal prefix of a row. Shapes: row positions [B, R], counted [B, R] bool marks
+        the rows that are real; returns [B, L]. Source: DUET-VLM Sec. 3.2; PyramidDrop Eq. (1) for a single row.
+        """
+        keys = self._keys
+        total = keys.new_zeros(keys.shape[0], keys.shape[2])
+        weight = counted_BR.float()
+        for rows, mark in self._blocks(index_BR, weight):
+            probabilities = self._probabilities(rows, self._causal(rows, keys.shape[2]), keys)
+            total += (probabilities.mean(1) * mark.unsqueeze(-1)).sum(1)
+        return total / weight.sum(1, keepdim=True).clamp(min=1.0)
+
+    def received_among(self, index_BT: Tensor, counted_BT: Tensor) -> Tensor:
+        """Return the attention that text tokens receive from later text tokens, per reader, averaged over heads.
+
+        Keys are the chosen tokens only, a token's attention to itself is left out, and each sum is divided by its number
+        of readers, because causal columns have unequal numbers of them. Shapes: positions [B, T] in ascending
+        order, counted [B, T] bool; returns [B, T], zero where there is no reader. Source: DUET-VLM App. B.
+        """
+        width = self._keys.shape[-1]
+        keys = self._keys.gather(2, index_BT[:, None, :, None].expand(-1, self._keys.shape[1], -1, width))
+        total = keys.new_zeros(index_BT.shape)
+        readers = keys.new_zeros(index_BT.shape)
+        for rows, mark in self._blocks(index_BT, counted_BT.float()):
+            later = rows.unsqueeze(-1) - index_BT.unsqueeze(1)
+            allowed = (later >= 0) & counted_BT.unsqueeze(1)
+            strict = ((later > 0) & counted_BT.unsqueeze(1)) * mark.unsqueeze(-1)
+            total += (self._probabilities(rows, allowed, keys).mean(1) * strict).sum(1)
+            readers += strict.sum(1)
+        return total / readers.clamp(min=1.0)
+
+    def _blocks(self, index_BR: Tensor, weight_BR: Tensor) -> list[tuple[Tensor, Tensor]]:
+        batch, rows = index_BR.shape
+        heads = int(self._attention.q_proj.out_features // self._attention.head_dim)  # type: ignore[union-attr,operator]
+        size = _block_rows(batch, heads, self._normed.shape[1], rows)
+        return list(zip(index_BR.split(size, 1), weight_BR.split(size, 1), strict=True))
+
+    def _causal(self, index_BR: Tensor, length: int) -> Tensor:
+        allowed = torch.arange(length, device=index_BR.device) <= index_BR.unsqueeze(-1)
+        return allowed if self._valid is None else allowed & self._valid.unsqueeze(1)
+
+    def _probabilities(self, index_BR: Tensor, allowed_BRL: Tensor, keys: Tensor) -> Tensor:
+        """Attention probabilities, [B, H, R, keys]; a row that may see nothing is uniform and counts for nothing."""
+        scores = self._queries(index_BR) @ keys.transpose(-1, -2).unsqueeze(2)
+        scores = scores.masked_fill(~allowed_BRL[:, None, None], torch.finfo(scores.dtype).min)
+        return scores.softmax(-1).flatten(1, 2)
+
+
+def _pick_rows(table: Tensor, index_BR: Tensor) -> Tensor:
+    table = table.expand(index_BR.shape[0], -1, -1)
+    return table.gather(1, index_BR.unsqueeze(-1).expand(-1, -1, table.shape[-1]))

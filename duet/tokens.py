@@ -1,0 +1,109 @@
+"""Choosing and gathering tokens: the one tie rule, and the state that a drop gathers in lockstep.
+
+Shapes: B batch, L sequence, N candidates, K kept, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def rank_descending(scores_BN: Tensor) -> Tensor:
+    """Return the candidates of each row from the highest score to the lowest.
+
+    Shapes: scores [B, N], compared in fp32; returns indices [B, N]. Ties go to the lower index (paper silent).
+    """
+    return torch.sort(scores_BN.float(), dim=-1, descending=True, stable=True).indices
+
+
+def top_indices(scores_BN: Tensor, count: int) -> Tensor:
+    """Return the ``count`` best candidates of each row, best first.
+
+    Shapes: scores [B, N]; returns [B, count]. Ties go to the lower index.
+    """
+    return rank_descending(scores_BN)[..., :count]
+
+
+def gather_tokens(x_BNd: Tensor, index_BK: Tensor) -> Tensor:
+    """Return ``x[b, index[b, k]]``. Shapes: x [B, N] or [B, N, D], index [B, K]; returns [B, K] or [B, K, D]."""
+    if x_BNd.dim() == 2:
+        return x_BNd.gather(1, index_BK)
+    return x_BNd.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, x_BNd.shape[-1]))
+
+
+@dataclass(frozen=True)
+class TokenState:
+    """Everything about a batch of sequences that has to shrink together.
+
+    Attributes:
+        hidden: [B, L, D].
+        valid: [B, L] bool, or None when no position is padding.
+        visual: [B, L] bool, positions that came from an image.
+        queries: [B, L] bool, text rows that rank visual tokens.
+        origin: [B, L] index of each position in the sequence that entered the first layer.
+        positions: [B, L] (or [1, L], or [A, B, L] for multi-axis rotary positions).
+        labels: [B, L] or None.
+        left_padded: padding stands before the tokens.
+    """
+
+    hidden: Tensor
+    valid: Tensor | None
+    visual: Tensor
+    queries: Tensor
+    origin: Tensor
+    positions: Tensor
+    labels: Tensor | None
+    left_padded: bool
+
+    def keep(self, keep_BL: Tensor, length: int, padded: bool) -> TokenState:
+        """Return the state with only the positions that ``keep_BL`` marks, in their order.
+
+        Args:
+            keep_BL: [B, L] bool.
+            length: the largest number of marks in a row; shorter rows are padded to it.
+            padded: whether any row is shorter than ``length``.
+        """
+        flags = keep_BL.to(torch.uint8)
+        order = torch.sort(flags, dim=1, descending=not self.left_padded, stable=True).indices
+        index = order[:, -length:] if self.left_padded else order[:, :length]
+        valid = keep_BL.gather(1, index) if padded else None
+        labels = None if self.labels is None else self.labels.gather(1, index)
+        visual, queries = self.visual.gather(1, index), self.queries.gather(1, index)
+        if valid is not None:
+            visual, queries = visual & valid, queries & valid
+            labels = None if labels is None else labels.masked_fill(~valid, IGNORE_INDEX)
+        return replace(
+            self,
+            hidden=gather_tokens(self.hidden, index),
+            valid=valid,
+            visual=visual,
+            queries=queries,
+            origin=self.origin.gather(1, index),
+            positions=_gather_positions(self.positions, index),
+            labels=labels,
+        )
+
+
+def _gather_positions(positions: Tensor, index_BK: Tensor) -> Tensor:
+    if positions.dim() == 2:
+        return positions.expand(index_BK.shape[0], -1).gather(1, index_BK)
+    return positions.gather(2, index_BK.expand(positions.shape[0], -1, -1))
+
+
+def compact_positions(valid: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    """Return positions 0..n-1 over the valid tokens of each row. Shapes: valid [B, L] or None; returns [B, L]."""
+    if valid is None:
+        return torch.arange(length, device=device).expand(batch, -1)
+    return (valid.long().cumsum(1) - 1).clamp_(min=0)
+
+
+def is_left_padded(valid: Tensor | None) -> bool:
+    """Return whether padding stands on the left: some row starts with padding and every row ends with a token."""
+    if valid is None:
+        return False
+    return bool(((~valid[:, 0]).any() & valid[:, -1].all()).item())

@@ -1,0 +1,180 @@
+"""What happened to every patch, and how many tokens every layer saw.
+
+``with duet.trace() as t`` records whatever runs inside the block, in this thread or task only; nothing is stored on a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from duet.stage1 import VisionReduction
+    from duet.tokens import TokenState
+
+
+@dataclass
+class ImageRecord:
+    """The fate of one image's patches.
+
+    Attributes:
+        grid: (rows, columns) of patches.
+        source: patch index of each token that stage 1 handed on, -1 for the class token.
+        kind: ``"class"``, ``"dominant"`` or ``"contextual"`` for each of them.
+        members: for each contextual token the patches that it averages.
+        kept_after: decoder layers that have run -> indices of the tokens (into ``source``) that were still there.
+    """
+
+    grid: tuple[int, int]
+    source: list[int]
+    kind: list[str]
+    members: list[list[int]]
+    kept_after: dict[int, list[int]] = field(default_factory=dict)
+
+    def fate(self) -> list[str]:
+        """Return one line per patch: kept, merged into which token, or dropped, and at which stage."""
+        lines = [["dropped in stage 1"] for _ in range(self.grid[0] * self.grid[1])]
+        offset = len(self.source) - len(self.members)
+        for token, patch in enumerate(self.source):
+            averaged = self.members[token - offset] if token >= offset else []
+            for member in averaged or ([patch] if patch >= 0 else []):
+                word = f"merged into token {token}" if averaged else f"kept as token {token}"
+                note = self._dropped_note(token)
+                lines[member] = [*(entry for entry in lines[member] if entry != "dropped in stage 1"), word + note]
+        return ["; ".join(entries) for entries in lines]
+
+    def _dropped_note(self, token: int) -> str:
+        for layer in sorted(self.kept_after):
+            if token not in self.kept_after[layer]:
+                return f", dropped after layer {layer}"
+        return ""
+
+
+@dataclass
+class LayerCount:
+    """Visual and all tokens that decoder layers ``start`` to ``stop - 1`` saw, per sample of one forward pass."""
+
+    start: int
+    stop: int
+    visual: list[int]
+    tokens: list[int]
+    padded_length: int
+
+
+@dataclass
+class Trace:
+    """What was recorded, in the order in which it ran.
+
+    Attributes:
+        images: one record per image, filled when ``images=True``.
+        passes: per decoder pass (prefill or training forward), the counts of each segment of layers.
+    """
+
+    record_images: bool
+    images: list[ImageRecord] = field(default_factory=list)
+    passes: list[list[LayerCount]] = field(default_factory=list)
+    _waiting: int = 0
+
+    def average_tokens(self) -> float:
+        """Return the visual tokens per layer, averaged over layers and over the samples that had an image.
+
+        Raises:
+            ValueError: no sample with an image was recorded.
+        """
+        sums = [self._sample_average(segments, row) for segments in self.passes for row in range(len(segments[0].visual))]
+        with_image = [value for value in sums if value is not None]
+        if not with_image:
+            raise ValueError("no sample with an image was recorded, so there is no average of visual tokens")
+        return sum(with_image) / len(with_image)
+
+    @staticmethod
+    def _sample_average(segments: list[LayerCount], row: int) -> float | None:
+        if segments[0].visual[row] == 0:
+            return None
+        return sum(s.visual[row] * (s.stop - s.start) for s in segments) / segments[-1].stop
+
+
+_ACTIVE: ContextVar[tuple[Trace, ...]] = ContextVar("duet_trace", default=())
+
+
+@contextmanager
+def trace(model: object = None, *, images: bool = True) -> Iterator[Trace]:
+    """Record what stage 1 and stage 2 do inside the block.
+
+    Args:
+        model: accepted for readability; everything that runs in this thread is recorded.
+        images: record the fate of every patch; False records counts only, which costs nothing on a GPU.
+    """
+    del model
+    record = Trace(record_images=images)
+    token = _ACTIVE.set((*_ACTIVE.get(), record))
+    try:
+        yield record
+    finally:
+        _ACTIVE.reset(token)
+
+
+def is_active() -> bool:
+    """Return whether anything records."""
+    return bool(_ACTIVE.get())
+
+
+def record_vision(reduction: VisionReduction) -> None:
+    """Add one record per image of a stage-1 result to every active trace that wants images."""
+    from duet.stage1 import KIND_NAMES
+
+    for active in _ACTIVE.get():
+        if not active.record_images:
+            continue
+        kinds = [KIND_NAMES[k] for k in reduction.kind.tolist()]
+        sources = reduction.source.tolist()
+        clusters = reduction.members.tolist() or [[] for _ in sources]
+        for source, members in zip(sources, clusters, strict=True):
+            groups = [[patch for patch in group if patch >= 0] for group in members]
+            active.images.append(ImageRecord(reduction.grid, source, list(kinds), groups))
+
+
+def record_pass(segments: list[LayerCount]) -> None:
+    """Add the counts of one decoder pass to every active trace."""
+    for active in _ACTIVE.get():
+        active.passes.append(segments)
+
+
+class DropRecorder:
+    """Maps what stage 2 keeps back to images, for the traces that are active when a decoder pass starts.
+
+    Args:
+        visual_BL: [B, L] visual positions that enter the first layer.
+
+    The images of a batch stand in the order of their visual positions, so the last recorded images are theirs.
+    """
+
+    def __init__(self, visual_BL: Tensor) -> None:
+        self._traces = [t for t in _ACTIVE.get() if t.record_images and t.images]
+        self._visual = visual_BL.cpu() if self._traces else None
+
+    def record(self, layer: int, state: TokenState) -> None:
+        """Store which tokens of each image are still there after ``layer`` layers."""
+        if self._visual is None:
+            return
+        alive = self._visual.new_zeros(self._visual.shape)
+        kept = state.visual.cpu()
+        alive.scatter_(1, state.origin.cpu().where(kept, 0), kept | alive.gather(1, state.origin.cpu().where(kept, 0)))
+        flat = alive[self._visual].tolist()
+        for active in self._traces:
+            self._assign(active.images, layer, flat)
+
+    @staticmethod
+    def _assign(images: list[ImageRecord], layer: int, flat: list[bool]) -> None:
+        end = len(flat)
+        for image in reversed(images):
+            size = len(image.source)
+            if size > end:
+                break
+            image.kept_after[layer] = [i for i, alive in enumerate(flat[end - size : end]) if alive]
+            end -= size

@@ -1,0 +1,103 @@
+"""Run a vision tower as far as its features are needed, and reduce them (stage 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from duet import tracing
+from duet.config import DuetConfig
+from duet.signals import TowerSignals
+from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction
+
+
+def encode_vision(
+    tower: nn.Module,
+    pixel_values: Tensor,
+    *,
+    select_layer: int | Sequence[int] = -2,
+    class_token: bool = False,
+    config: DuetConfig | None = None,
+) -> VisionReduction:
+    """Return the features of a CLIP-like tower, reduced as ``config`` says.
+
+    The tower stops after the block whose output is used, and every block keeps its attention implementation.
+    Signals belong to that same block (the one before ``hidden_states[select_layer]``).
+
+    Args:
+        tower: ``CLIPVisionModel`` or a model with the same parts.
+        pixel_values: [B, 3, height, width].
+        select_layer: index (or indices, concatenated) into the tower's ``hidden_states``; -2 is LLaVA-1.5's choice.
+        class_token: keep the class token when nothing is reduced (LLaVA's ``cls_patch``).
+        config: None or ``stage1="none"`` keeps all tokens, bit-identical to ``hidden_states[select_layer]``.
+
+    Raises:
+        ValueError: the layer does not exist, or the budget exceeds the patches.
+    Source: DUET-VLM Sec. 3.1.
+    """
+    body = getattr(tower, "vision_model", tower)
+    blocks: nn.ModuleList = body.encoder.layers
+    wanted = [select_layer] if isinstance(select_layer, int) else list(select_layer)
+    depths = [_depth(index, len(blocks)) for index in wanted]
+    reduces = config is not None and config.stage1 != "none"
+
+    hidden = body.pre_layrnorm(body.embeddings(pixel_values))
+    states, block_input = {0: hidden}, hidden
+    for index in range(max(depths)):
+        if index == depths[-1] - 1:
+            block_input = hidden
+        hidden = _tensor(blocks[index](hidden, None))
+        states[index + 1] = hidden
+    features = states[depths[0]] if len(depths) == 1 else torch.cat([states[d] for d in depths], dim=-1)
+
+    grid = _grid(pixel_values, body)
+    has_class = features.shape[1] == grid[0] * grid[1] + 1
+    if not reduces:
+        drop = has_class and not class_token
+        reduction = VisionReduction.identity(features[:, 1:] if drop else features, has_class and not drop, grid)
+    else:
+        assert config is not None
+        _check_budget(config, grid[0] * grid[1], has_class, depths[-1])
+        block = blocks[depths[-1] - 1]
+        signals = TowerSignals(_normed(block, block_input), block.self_attn, has_class)
+        reduction = VISION_REDUCERS.get(config.stage1)(TowerOutput(features, signals, has_class), config)
+        reduction = replace(reduction, grid=grid)
+    tracing.record_vision(reduction)
+    return reduction
+
+
+@torch.no_grad()
+def _normed(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Return what the block's attention reads. Ranking is detached, so this never needs a gradient."""
+    return block.layer_norm1(hidden)  # type: ignore[operator]
+
+
+def _depth(index: int, blocks: int) -> int:
+    """Return how many blocks have run when ``hidden_states[index]`` exists."""
+    depth = index + blocks + 1 if index < 0 else index
+    if not 0 <= depth <= blocks:
+        raise ValueError(f"vision layer {index} does not exist: the tower has {blocks} blocks, so use -{blocks + 1} to {blocks}")
+    return depth
+
+
+def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _grid(pixel_values: Tensor, body: nn.Module) -> tuple[int, int]:
+    patch = body.config.patch_size  # type: ignore[union-attr]
+    return pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+
+
+def _check_budget(config: DuetConfig, patches: int, has_class: bool, depth: int) -> None:
+    available = patches + int(has_class and config.counts_class_token)
+    if config.entering > available:
+        raise ValueError(
+            f"dominant + contextual = {config.entering}, but this image gives {available} visual tokens; "
+            "lower one of them"
+        )
+    if depth == 0:
+        raise ValueError("stage 1 needs the attention of a tower block; select_layer must not be the embedding output")
