@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import base64
 import math
-import os
 from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
@@ -250,22 +249,3 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         holds_prompt = head.shape == self.input_ids.shape and torch.equal(head, self.input_ids.to(head.device))
         new_ids = output_ids[:, self.start_len :] if holds_prompt else output_ids
         return all(self._row_is_done(row) for row in new_ids)
-
-
-def resolve_image_path(image_folder: str | os.PathLike | None, name: str) -> str:
-    """Join a record's picture name to the picture folder.
-
-    Symbolic links inside the folder are followed; a name that climbs out of the folder is not.
-
-    Raises:
-        ValueError: If the path lies outside the folder.
-    """
-    if not image_folder:
-        return name
-    folder = os.path.abspath(image_folder)
-    path = os.path.normpath(os.path.join(folder, name))
-    if os.path.commonpath([folder, path]) != folder:
-        raise ValueError(
-            f"image {name!r} lies outside the image folder {str(image_folder)!r}; move it in or fix the name"
-        )
-    return path

@@ -1,0 +1,314 @@
+"""Read annotation files and say precisely what is wrong with a record.
+
+A record is ``{"id": ..., "image": ..., "conversations": [{"from": "human", "value": ...}, ...]}``; ``image`` is a path,
+a list of paths, or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+
+Record = dict[str, Any]
+Turn = dict[str, str]
+
+ROLES = ("human", "gpt")
+
+
+class Origin(NamedTuple):
+    """Where a record was read: the file and its place there, counted from 0."""
+
+    file: str
+    index: int
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """One record that cannot be trained on, and why."""
+
+    file: str
+    index: int
+    id: str
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, record {self.index} (id {self.id}): {self.reason}"
+
+
+class BadSampleError(ValueError):
+    """A record cannot be turned into a training sample. ``kind`` is a short key for counting."""
+
+    def __init__(self, reason: str, kind: str = "other"):
+        super().__init__(reason)
+        self.reason = reason
+        self.kind = kind
+
+    def at(self, origin: Origin, record: Any) -> BadRecord:
+        """Add the place that the record came from."""
+        return BadRecord(origin.file, origin.index, record_id(record), self.kind, self.reason)
+
+
+class BadSampleLog:
+    """A JSON-lines file of bad records that data-loader workers and ranks append to."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = str(path)
+
+    def add(self, bad: BadRecord) -> None:
+        """Append one record; one short write, so that several processes do not mix their lines."""
+        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
+
+    def read(self) -> list[BadRecord]:
+        """Return every record once, in the order in which they were first met."""
+        if not os.path.exists(self.path):
+            return []
+        with open(self.path, encoding="utf-8") as file:
+            found = [BadRecord(**json.loads(line)) for line in file if line.strip()]
+        return list({(bad.file, bad.index): bad for bad in found}.values())
+
+
+def record_id(record: Any) -> str:
+    """The record's own name, for messages."""
+    return str(record["id"]) if isinstance(record, dict) and "id" in record else "missing"
+
+
+def images_of(record: Record) -> list[str]:
+    """The picture names of a record, in order; empty for a text-only record."""
+    names = record.get("image")
+    if names is None:
+        return []
+    return list(names) if isinstance(names, (list, tuple)) else [names]
+
+
+def split_system(conversations: Sequence[Turn]) -> tuple[str | None, list[Turn]]:
+    """Take the system prompt off the front, and an assistant's turn that no question leads to (as LLaVA does)."""
+    turns = list(conversations)
+    system = turns.pop(0)["value"] if turns and turns[0]["from"] == "system" else None
+    if turns and turns[0]["from"] == "gpt":
+        turns.pop(0)
+    return system, turns
+
+
+def check_turns(turns: Sequence[Turn]) -> None:
+    """Check the turns that training sees: human and gpt alternate, and every answer says something.
+
+    Raises:
+        BadSampleError: Naming the first turn that is wrong, counted from 0.
+    """
+    for index, turn in enumerate(turns):
+        role, expected = turn["from"], ROLES[index % 2]
+        if role not in ROLES:
+            raise BadSampleError(
+                f"turn {index} has the unknown role {role!r}; use human, gpt, or system for the first turn",
+                "unknown role",
+            )
+        if role != expected:
+            raise BadSampleError(f"turn {index} is from {role!r}, expected {expected!r}: roles must alternate", "roles")
+        if role == "gpt" and not turn["value"].strip():
+            raise BadSampleError(
+                f"the answer in turn {index} is empty; give it a text or remove the turn", "empty answer"
+            )
+    if len(turns) < 2:
+        raise BadSampleError("there is no question with an answer; a record needs a human and a gpt turn", "no answer")
+
+
+def check_record(record: Any, multimodal: bool = True) -> None:
+    """Check everything that can be seen without opening a picture.
+
+    Args:
+        record: What the annotation file holds.
+        multimodal: False for a run without a vision tower, where ``<image>`` is plain text.
+
+    Raises:
+        BadSampleError: With the first thing that is wrong.
+    """
+    _check_types(record)
+    _, turns = split_system(record["conversations"])
+    check_turns(turns)
+    if multimodal:
+        _check_image_marks(images_of(record), turns)
+
+
+def _check_types(record: Any) -> None:
+    if not isinstance(record, dict):
+        raise BadSampleError(f"a record must be a JSON object, this is a {type(record).__name__}", "wrong type")
+    if "video" in record:
+        raise BadSampleError("the record has a 'video'; videos are not supported, use pictures", "video")
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise BadSampleError(f"'conversations' must be a list with turns, got {_short(turns)}", "wrong type")
+    for index, turn in enumerate(turns):
+        if (
+            not isinstance(turn, dict)
+            or not isinstance(turn.get("from"), str)
+            or not isinstance(turn.get("value"), str)
+        ):
+            raise BadSampleError(
+                f"turn {index} must be an object with the texts 'from' and 'value', got {_short(turn)}", "wrong type"
+            )
+    names = record.get("image")
+    entries = names if isinstance(names, list) else [names]
+    if names is not None and not all(isinstance(name, str) and name for name in entries):
+        raise BadSampleError(f"'image' must be a path or a list of paths, got {_short(names)}", "wrong type")
+
+
+def _check_image_marks(images: list[str], turns: Sequence[Turn]) -> None:
+    """One picture: one turn holds the mark (repeated marks in it count once, as in LLaVA). Several: one mark each."""
+    counts = [turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns]
+    marks = sum(counts) if len(images) > 1 else sum(count > 0 for count in counts)
+    if marks != len(images):
+        relation = "more" if marks > len(images) else "fewer"
+        raise BadSampleError(
+            f"{relation} {DEFAULT_IMAGE_TOKEN} marks than images: {marks} for {len(images)}; "
+            "write one mark for each image, in the images' order",
+            f"{relation} marks than images",
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def load_records(data_path: str | os.PathLike | Sequence[str], seed: int = 0) -> tuple[list[Record], list[Origin]]:
+    """Read annotation files.
+
+    Args:
+        data_path: A JSON array file, a JSON-lines file (``.jsonl``), a YAML mix, or several of them (a list, or one
+            string separated by commas or spaces). A mix is ``datasets: [{json_path: ..., sampling_strategy: ...}]``
+            with the strategy ``all``, ``first:N``, ``end:N`` or ``random:N``; N may be a share such as ``25%``. A
+            relative ``json_path`` starts from the mix's folder.
+        seed: For ``random:N``.
+
+    Returns:
+        The records and, for each, where it was read.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        ValueError: If a file cannot be parsed; the message names file, line, column and record.
+    """
+    records: list[Record] = []
+    origins: list[Origin] = []
+    for path in _paths(data_path):
+        for record, origin in _read_file(path, seed):
+            records.append(record)
+            origins.append(origin)
+    return records, origins
+
+
+def _paths(data_path: str | os.PathLike | Sequence[str] | None) -> list[str]:
+    if not data_path:
+        raise ValueError("no annotation file given; pass --data_path FILE")
+    if not isinstance(data_path, (str, os.PathLike)):
+        return [str(path) for path in data_path]
+    text = os.fspath(data_path)
+    return [text] if os.path.exists(text) else text.replace(",", " ").split()
+
+
+def _read_file(path: str, seed: int) -> list[tuple[Record, Origin]]:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"annotation file {path!r} does not exist; check --data_path")
+    if path.endswith((".yaml", ".yml")):
+        return _read_mix(path, seed)
+    records = _parse_lines(path) if path.endswith(".jsonl") else _parse_array(path)
+    return [(record, Origin(path, index)) for index, record in enumerate(records)]
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def _parse_lines(path: str) -> Iterable[Any]:
+    records = []
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}: broken JSON at line {number}, column {error.colno}, in record {len(records)}: {error.msg}"
+                ) from error
+    return records
+
+
+def _parse_array(path: str) -> list[Any]:
+    text = _read_text(path)
+    try:
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: broken JSON at line {error.lineno}, column {error.colno}, in record {_count_whole(text)} "
+            f"(counted from 0): {error.msg}"
+        ) from error
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: expected a JSON array of records, found {type(records).__name__}")
+    return records
+
+
+def _count_whole(text: str) -> int:
+    """How many array elements can be read before the text breaks."""
+    decoder, count = json.JSONDecoder(), 0
+    position = text.find("[") + 1
+    while 0 < position < len(text):
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        try:
+            _, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError:
+            break
+        count += 1
+    return count
+
+
+def _read_mix(path: str, seed: int) -> list[tuple[Record, Origin]]:
+    import yaml
+
+    try:
+        mix = yaml.safe_load(_read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: broken YAML: {error}") from error
+    parts = mix.get("datasets") if isinstance(mix, dict) else None
+    if not isinstance(parts, list):
+        raise ValueError(f"{path}: a mix file needs 'datasets', a list of {{json_path, sampling_strategy}}")
+    found: list[tuple[Record, Origin]] = []
+    for number, part in enumerate(parts):
+        if not isinstance(part, dict) or "json_path" not in part:
+            raise ValueError(f"{path}: entry {number} of 'datasets' has no json_path")
+        source = os.path.join(os.path.dirname(path), part["json_path"])
+        strategy = str(part.get("sampling_strategy", "all"))
+        try:
+            found += _sample(_read_file(source, seed), strategy, random.Random(f"{seed}/{number}"))
+        except ValueError as error:
+            raise ValueError(f"{path}, entry {number}: {error}") from error
+    return found
+
+
+def _sample(rows: list[Any], strategy: str, generator: random.Random) -> list[Any]:
+    """Keep a part of the rows: ``all``, ``first:N``, ``end:N``, ``random:N``, N a number or a share in percent."""
+    if strategy == "all":
+        return rows
+    kind, _, amount = strategy.partition(":")
+    number = amount.removesuffix("%")
+    if kind not in ("first", "end", "random") or not number.replace(".", "", 1).isdigit():
+        raise ValueError(f"sampling_strategy {strategy!r}: expected all, first:N, end:N or random:N (N may be 25%)")
+    count = math.ceil(float(number) * len(rows) / 100) if amount.endswith("%") else int(float(number))
+    count = min(count, len(rows))
+    if kind == "first":
+        return rows[:count]
+    if kind == "end":
+        return rows[len(rows) - count :]
+    return [rows[index] for index in sorted(generator.sample(range(len(rows)), count))]
