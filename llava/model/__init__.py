@@ -1,0 +1,14 @@
+"""LLaVA models."""
+
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+from llava.model.language_model.llava_mpt import LlavaMptConfig, LlavaMptForCausalLM
+
+__all__ = [
+    "LlavaConfig",
+    "LlavaLlamaForCausalLM",
+    "LlavaMistralConfig",
+    "LlavaMistralForCausalLM",
+    "LlavaMptConfig",
+    "LlavaMptForCausalLM",
+]

@@ -1,0 +1,275 @@
+"""The causal language model around a decoder that has pictures: forward, generate, load and save.
+
+One class serves every backbone; `llava_llama.py` and `llava_mistral.py` only name theirs.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
+
+from duet import causal_lm_loss, run_decoder
+from llava.model.checkpoints import TOWER_PREFIX, to_original_layout
+from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.loading import load_pretrained
+from llava.model.splice import to_left_padding
+
+logger = logging.get_logger(__name__)
+
+
+class LlavaCausalLM(LlavaMetaForCausalLM):
+    """What all LLaVA language models do; stands in front of a `transformers` causal language model.
+
+    Modifications to the host class:
+        forward: splices pictures, runs the decoder through `duet.run_decoder` with or without a reduction, computes
+            logits only for the loss while training.
+        generate: takes pictures, pads on the left, returns new tokens only.
+        from_pretrained: reads LLaVA and llava-hf checkpoints strictly; stock tower weights only if the checkpoint has none.
+        save_pretrained: writes LLaVA's layout.
+    """
+
+    _keys_to_ignore_on_load_unexpected = frozenset({r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$"})
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the trainer hands over the global token count (`config.loss_normalization == "global"`).
+
+        The default, "device", is the recipe's: every device averages over its own label tokens.
+        """
+        kind = getattr(self.config, "loss_normalization", None) or "device"
+        if kind not in ("device", "global"):
+            raise ValueError(f"config.loss_normalization is {kind!r}; use 'device' (mean on each device) or 'global'")
+        return kind == "global"
+
+    def get_model(self):
+        """Return the inner decoder."""
+        return self.model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        images=None,
+        image_sizes=None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        visual_mask: Tensor | None = None,
+        answer_mask: Tensor | None = None,
+        query_indices: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs,
+    ):
+        """Run the model.
+
+        Args:
+            input_ids: [B, T] with `IMAGE_TOKEN_INDEX` where a picture goes.
+            attention_mask: [B, T], or [B, L] with `inputs_embeds`.
+            position_ids: Like `attention_mask`.
+            past_key_values: A cache; go on with the returned one.
+            inputs_embeds: [B, L, D], already spliced.
+            labels: [B, T], -100 where nothing is predicted.
+            use_cache: Default: the config's, and never while training.
+            output_attentions: Not available; attention maps are never computed.
+            output_hidden_states: Also return the input of every layer.
+            images: See `prepare_inputs_labels_for_multimodal`.
+            image_sizes: See `prepare_inputs_labels_for_multimodal`.
+            return_dict: False returns a tuple.
+            logits_to_keep: Logits of the last n positions only; 0 is all.
+            visual_mask: [B, L] bool with `inputs_embeds`: positions that came from a picture.
+            answer_mask: [B, L] bool with `inputs_embeds`: generated positions, which never rank visual tokens.
+            query_indices: [B, R] positions of the rows that rank visual tokens, padded with -1.
+            num_items_in_batch: Label tokens of the global batch, used with `loss_normalization="global"` only.
+            **kwargs: Ignored, so that callers written for other versions work.
+
+        Returns:
+            `CausalLMOutputWithPast`. The loss needs no logits, so while training with labels `logits` is None. With a
+            reduction the logits have the length that is left after the last layer.
+
+        Raises:
+            ValueError: Pictures and `<image>` marks disagree, or attention maps are asked for.
+        """
+        if output_attentions:
+            raise ValueError("output_attentions is not available: attention maps are never computed; see duet.trace")
+        if inputs_embeds is None:
+            prepared = self.prepare_inputs_labels_for_multimodal(
+                input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
+            )
+            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = prepared
+            # Another project's override returns a plain tuple; then no position is known to be visual.
+            visual_mask = getattr(prepared, "visual_mask", None)
+        if inputs_embeds is None:
+            inputs_embeds = self.model.get_input_embeddings()(input_ids)
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not self.training
+        out = run_decoder(
+            self.model,
+            inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            visual_mask=visual_mask,
+            labels=labels,
+            answer_mask=answer_mask,
+            query_indices=query_indices,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            config=self.reduction,
+            output_hidden_states=bool(output_hidden_states),
+        )
+        loss = None
+        if labels is not None:
+            count = num_items_in_batch if self.accepts_loss_kwargs else None
+            loss = causal_lm_loss(out.last_hidden_state, out.labels, self.lm_head, count)
+        logits = None
+        if labels is None or not self.training:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(out.last_hidden_state[:, keep, :])
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, images=None, image_sizes=None, **kwargs):
+        """Generate after prompts with pictures.
+
+        Args:
+            inputs: [B, T] prompt ids with `IMAGE_TOKEN_INDEX`; `input_ids=` is taken, too.
+            images: All pictures of the batch in the order of the marks, or None.
+            image_sizes: Their (width, height).
+            **kwargs: `attention_mask` (default: all valid) and everything that `transformers`' generate takes.
+
+        Returns:
+            The new tokens only, [B, n].
+
+        Raises:
+            NotImplementedError: `inputs_embeds` was given.
+            ValueError: No prompt, or pictures and `<image>` marks disagree.
+        """
+        if kwargs.pop("inputs_embeds", None) is not None:
+            raise NotImplementedError("generate takes input ids and images; `inputs_embeds` is not supported")
+        aliased = kwargs.pop("input_ids", None)
+        inputs = aliased if inputs is None else inputs
+        if inputs is None:
+            raise ValueError("generate needs a prompt: pass inputs=... (or input_ids=...), a LongTensor [B, T]")
+        kwargs.pop("position_ids", None)  # follow from the mask once padding has moved
+        kwargs.pop("modalities", None)  # LLaVA-NeXT clients say "image" here
+        mask = kwargs.pop("attention_mask", None)
+        mask = torch.ones_like(inputs) if mask is None else mask
+        prepared = self.prepare_inputs_labels_for_multimodal(
+            inputs, None, mask, None, None, images, image_sizes=image_sizes
+        )
+        _, _, mask, _, embeds, _ = prepared
+        visual = getattr(prepared, "visual_mask", None)
+        if embeds is None:
+            # The pad id of some tokenizers has no row in the embedding table.
+            embeds = self.model.get_input_embeddings()(inputs.masked_fill(mask == 0, 0))
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        mask, (embeds, visual) = to_left_padding(mask.to(embeds.device), embeds, visual)
+        if self.generation_config.max_length is not None and not {"max_length", "generation_config"} & set(kwargs):
+            # Old checkpoints store max_length; next to max_new_tokens transformers would complain on every call.
+            new_tokens = kwargs.pop("max_new_tokens", None)
+            if new_tokens is not None:
+                kwargs["max_length"] = embeds.shape[1] + new_tokens
+        return super().generate(inputs_embeds=embeds, attention_mask=mask, visual_mask=visual, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ):
+        """Hand pictures and visual positions to the first step; without a cache, the whole sequence to every step."""
+        first_only = {key: kwargs.pop(key, None) for key in ("images", "image_sizes", "visual_mask")}
+        prompt = inputs_embeds
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        cached = kwargs.get("use_cache", True)
+        if is_first_iteration:
+            model_inputs.update({key: value for key, value in first_only.items() if value is not None})
+        elif not cached and prompt is not None:
+            model_inputs.update(self._recompute_inputs(prompt, input_ids, first_only["visual_mask"]))
+            model_inputs.pop("position_ids", None)
+            model_inputs["position_ids"] = _positions(model_inputs["attention_mask"])
+        return model_inputs
+
+    def _recompute_inputs(self, prompt: Tensor, generated: Tensor, visual: Tensor | None) -> dict:
+        """Inputs of a step without a cache: prompt and generated tokens, of which only the prompt may rank."""
+        embeds = torch.cat([prompt, self.model.get_input_embeddings()(generated).to(prompt.dtype)], dim=1)
+        new = generated.new_ones(generated.shape, dtype=torch.bool)
+        old = new.new_zeros(prompt.shape[:2])
+        inputs = {"input_ids": None, "inputs_embeds": embeds, "answer_mask": torch.cat([old, new], dim=1)}
+        if visual is not None:
+            inputs["visual_mask"] = torch.cat([visual, torch.zeros_like(new)], dim=1)
+        return inputs
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a LLaVA checkpoint, a llava-hf checkpoint, or a plain language model to put vision on.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub name.
+            *model_args: As in `transformers`.
+            **kwargs: As in `transformers`.
+
+        Raises:
+            ValueError: The checkpoint has missing or unexpected weights; they are named.
+        """
+        parent = super().from_pretrained
+        return load_pretrained(cls, parent, pretrained_model_name_or_path, *model_args, **kwargs)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        """Take an absent vision tower out of the host's report: stock weights fill it right afterwards."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        absent = {key for key in loading_info.missing_keys if key.startswith(TOWER_PREFIX)}
+        loading_info.missing_keys -= absent
+        self._absent_tower_keys = absent
+
+    def save_pretrained(self, save_directory, state_dict=None, **kwargs) -> None:
+        """Write LLaVA's layout: safetensors with the old CLIP key names, config.json, and the tower's preprocessing.
+
+        Args:
+            save_directory: Folder.
+            state_dict: Weights to write instead of the model's own, as the trainer passes them.
+            **kwargs: As in `transformers`.
+        """
+        clean_generation_config(self.generation_config)
+        mapped = getattr(self, "_hf_peft_config_loaded", False) or getattr(self, "hf_quantizer", None) is not None
+        offloaded = {"cpu", "disk"} & {str(d) for d in (getattr(self, "hf_device_map", None) or {}).values()}
+        if not mapped and not (offloaded and self.device.type != "cpu"):
+            state_dict = to_original_layout(self.state_dict() if state_dict is None else state_dict)
+            kwargs["save_original_format"] = False
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        tower = self.get_vision_tower()
+        if tower is not None and kwargs.get("is_main_process", True) and os.path.isdir(save_directory):
+            tower.image_processor.save_pretrained(save_directory)
+
+
+def clean_generation_config(config: GenerationConfig | None) -> None:
+    """Drop sampling values that contradict greedy decoding.
+
+    Vicuna ships temperature and top_p next to do_sample=False, which `transformers` refuses to save.
+    """
+    if config is None or config.do_sample:
+        return
+    for name in ("temperature", "top_p", "top_k", "typical_p", "min_p"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)

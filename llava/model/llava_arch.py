@@ -1,0 +1,283 @@
+"""What every LLaVA model shares, whatever its language model: the tower, the projector, and the splice."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from duet import DuetConfig
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.anyres import merge_single, merge_tiles, unpad_image
+from llava.model.checkpoints import gathered, load_projector_weights, read_projector_file
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.splice import SplicedInputs, assign_features, image_slots, pad, splice_row, truncate
+
+__all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
+
+logger = logging.getLogger(__name__)
+
+
+class LlavaMetaModel:
+    """Mixin for the inner decoder: it also owns the vision tower and the projector."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        if getattr(config, "mm_vision_tower", None):
+            self.vision_tower = build_vision_tower(config, delay_load=True)
+            self.mm_projector = build_vision_projector(config)
+            self._make_newline(config)
+
+    def _make_newline(self, config) -> None:
+        if "unpad" in (getattr(config, "mm_patch_merge_type", None) or "flat"):
+            width = config.hidden_size
+            self.image_newline = nn.Parameter(torch.randn(width, dtype=self.dtype) / width**0.5)
+
+    def get_vision_tower(self):
+        """Return the vision tower, or None for a pure language model."""
+        tower = getattr(self, "vision_tower", None)
+        # Older FSDP recipes hide the tower in a list so that it is not sharded.
+        return tower[0] if isinstance(tower, list) else tower
+
+    def initialize_vision_modules(self, model_args, fsdp=None) -> None:
+        """Add the tower and the projector to a language model, and write their keys into its config.
+
+        Args:
+            model_args: LLaVA's ModelArguments (`vision_tower`, `mm_vision_select_layer`, `mm_projector_type`, ...).
+            fsdp: FSDP options; when given, the tower is hidden in a list, as LLaVA does.
+
+        Raises:
+            ValueError: `pretrain_mm_mlp_adapter` has no projector weights, or they do not fit.
+        """
+        self._write_vision_config(model_args)
+        tower = self.get_vision_tower()
+        if tower is None:
+            tower = build_vision_tower(model_args)
+            self.vision_tower = [tower] if fsdp else tower
+        else:
+            tower.tunable = bool(getattr(self.config, "unfreeze_mm_vision_tower", False))
+            tower.load_model()
+            tower.freeze()
+        self.config.mm_hidden_size = tower.hidden_size
+        self.config.mm_vision_config = tower.config.to_diff_dict()
+        if getattr(self, "mm_projector", None) is None:
+            self.mm_projector = build_vision_projector(self.config)
+            self._make_newline(self.config)
+        # A LoRA wrap freezes everything that existed before it.
+        for parameter in self.mm_projector.parameters():
+            parameter.requires_grad = True
+        if getattr(model_args, "pretrain_mm_mlp_adapter", None):
+            load_projector_weights(self, model_args.pretrain_mm_mlp_adapter)
+
+    def _write_vision_config(self, model_args) -> None:
+        config = self.config
+        config.mm_vision_tower = model_args.vision_tower
+        config.use_mm_proj = True
+        config.mm_projector_type = getattr(model_args, "mm_projector_type", "linear")
+        config.mm_vision_select_layer = model_args.mm_vision_select_layer
+        config.mm_vision_select_feature = getattr(model_args, "mm_vision_select_feature", "patch")
+        config.mm_patch_merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
+        tune = getattr(model_args, "unfreeze_mm_vision_tower", None)
+        if tune is not None:
+            config.unfreeze_mm_vision_tower = tune
+
+
+class LlavaMetaForCausalLM(ABC):
+    """Mixin for the causal language model: pictures in, spliced embeddings out."""
+
+    @abstractmethod
+    def get_model(self):
+        """Return the inner decoder."""
+
+    def get_vision_tower(self):
+        """Return the vision tower, or None."""
+        return self.get_model().get_vision_tower()
+
+    @property
+    def reduction(self) -> DuetConfig | None:
+        """The token reduction in force, read from `config.duet`; None when there is none."""
+        stored = getattr(self.config, "duet", None)
+        return None if stored is None else DuetConfig.from_dict(stored)
+
+    def set_reduction(self, config: DuetConfig | None) -> None:
+        """Store a reduction in the model's config, where forward, generate and saving find it.
+
+        Args:
+            config: The reduction, or None for none.
+
+        Raises:
+            ValueError: It does not fit the tower or the decoder's depth.
+        """
+        if config is None:
+            if hasattr(self.config, "duet"):
+                del self.config.duet
+            return
+        tower = self.get_vision_tower()
+        if tower is not None:
+            config.validate(patches=tower.num_patches, num_layers=self.config.num_hidden_layers, class_token=True)
+        self.config.duet = config.to_dict()
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Pictures to language-model tokens: tower, stage 1, projector.
+
+        Args:
+            images: [B, 3, H, W].
+
+        Returns:
+            [B, K, D]; K is every patch when no reduction is set.
+        """
+        tower, projector = self.get_vision_tower(), self.get_model().mm_projector
+        reduction = self.reduction
+        # Without a reduction the call is LLaVA's own, for projects that replace the tower's forward.
+        features = tower(images) if reduction is None else tower(images, reduction=reduction)
+        weight = next(projector.parameters(), None)
+        return projector(features if weight is None else features.to(weight.dtype))
+
+    def prepare_inputs_labels_for_multimodal(
+        self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
+    ):
+        """Encode the pictures and splice them into the text embeddings.
+
+        Args:
+            input_ids: [B, T] with `IMAGE_TOKEN_INDEX` where a picture goes.
+            position_ids: [B, T] or None.
+            attention_mask: [B, T] or None (all valid).
+            past_key_values: Passed through.
+            labels: [B, T] or None.
+            images: [M, 3, H, W], or a list of M pictures [3, H, W] or tile stacks [tiles, 3, H, W], or [M, tiles, 3, H, W].
+            image_sizes: (width, height) of the M pictures, needed by `spatial_unpad`.
+
+        Returns:
+            `(None, position_ids, attention_mask, past_key_values, inputs_embeds, labels)`, with what came in as None
+            going out as None, and `.visual_mask` [B, L]. On a decode step, or without pictures, the inputs come back as
+            they were: `(input_ids, position_ids, attention_mask, past_key_values, None, labels)`.
+
+        Raises:
+            ValueError: Pictures and `<image>` marks disagree; the message names the row.
+        """
+        has_images = images is not None and len(images) > 0
+        decoding = input_ids.shape[1] == 1 and not (input_ids == IMAGE_TOKEN_INDEX).any()
+        if self.get_vision_tower() is None or not has_images or decoding:
+            self._refuse_slots(input_ids)
+            return SplicedInputs((input_ids, position_ids, attention_mask, past_key_values, None, labels))
+        features = self._image_features(images, image_sizes)
+        batch = self._splice(input_ids, attention_mask, labels, features)
+        return SplicedInputs(
+            (
+                None,
+                None if position_ids is None else batch.positions,
+                None if attention_mask is None else batch.mask.to(attention_mask.dtype),
+                past_key_values,
+                batch.embeds,
+                None if labels is None else batch.labels,
+            ),
+            visual_mask=batch.visual,
+        )
+
+    def _splice(self, input_ids, attention_mask, labels, features):
+        """Splice `features` (a list of [K, D]) into every row, then truncate and pad."""
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        # A pad id that equals a real token must not cost a picture its slot.
+        valid = valid | (input_ids == IMAGE_TOKEN_INDEX)
+        if labels is None:
+            labels = torch.full_like(input_ids, IGNORE_INDEX)
+        embed = self.get_model().get_input_embeddings()
+        rows = []
+        for row, indices in enumerate(assign_features(image_slots(input_ids), len(features))):
+            keep = valid[row]
+            rows.append(splice_row(input_ids[row][keep], labels[row][keep], [features[i] for i in indices], embed))
+        limit = getattr(self.config, "tokenizer_model_max_length", None)
+        if limit is not None and any(len(row.labels) > limit for row in rows):
+            longest = max(len(row.labels) for row in rows)
+            logger.warning("a sample of %d positions was cut to tokenizer_model_max_length=%d", longest, limit)
+        return pad(truncate(rows, limit), getattr(self.config, "tokenizer_padding_side", None) or "right")
+
+    def _refuse_slots(self, input_ids: Tensor) -> None:
+        rows = (input_ids == IMAGE_TOKEN_INDEX).any(dim=1).nonzero().flatten().tolist()
+        if not rows:
+            return
+        cause = "this model has no vision tower" if self.get_vision_tower() is None else "no picture was given"
+        raise ValueError(
+            f"the prompt in row {rows[0]} has an <image> mark but {cause}: pass images=..., or take the mark out"
+        )
+
+    def _image_features(self, images, image_sizes) -> list[Tensor]:
+        """One [K, D] per picture, tiles merged."""
+        stacks = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
+        encoded = self.encode_images(torch.cat(stacks))
+        per_picture = encoded.split([len(stack) for stack in stacks])
+        merge = getattr(self.config, "mm_patch_merge_type", None) or "flat"
+        tiled = any(image.ndim == 4 for image in images)
+        if merge == "flat" or not tiled:
+            return [feature.flatten(0, 1) for feature in per_picture]
+        if not merge.startswith("spatial"):
+            raise ValueError(f"unknown mm_patch_merge_type {merge!r}; use 'flat', 'spatial' or 'spatial_unpad'")
+        if image_sizes is None:
+            raise ValueError(
+                "image_sizes ((width, height) of every picture) is needed for mm_patch_merge_type='spatial*'"
+            )
+        newline = self.get_model().image_newline if "unpad" in merge else None
+        tower = self.get_vision_tower()
+        merged = []
+        for feature, size in zip(per_picture, image_sizes, strict=True):
+            if len(feature) == 1:
+                merged.append(merge_single(feature, newline))
+                continue
+            grid = get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tower.config.image_size)
+            merged.append(merge_tiles(feature, grid, tower.num_patches_per_side, size, newline))
+        return merged
+
+    def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
+        """Add the image tokens that the options ask for, with mean-initialised rows.
+
+        Args:
+            model_args: `mm_use_im_patch_token`, `mm_use_im_start_end`, `tune_mm_mlp_adapter`, `pretrain_mm_mlp_adapter`.
+            tokenizer: Grows in place, and the embeddings with it.
+
+        Raises:
+            ValueError: The projector file's embedding rows do not fit the new tokens.
+        """
+        if model_args.mm_use_im_patch_token:
+            tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+            self.resize_token_embeddings(len(tokenizer))
+        if model_args.mm_use_im_start_end:
+            added = tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+            self.resize_token_embeddings(len(tokenizer))
+            self._initialize_new_rows(model_args, added)
+        elif model_args.mm_use_im_patch_token and getattr(model_args, "tune_mm_mlp_adapter", False):
+            self._train_embeddings(inputs=False)
+
+    def _initialize_new_rows(self, model_args, added: int) -> None:
+        inputs, outputs = self.get_input_embeddings().weight, self.get_output_embeddings().weight
+        if added > 0:
+            with torch.no_grad(), gathered([inputs, outputs]):
+                for weight in (inputs, outputs):
+                    weight[-added:] = weight[:-added].mean(dim=0, keepdim=True)
+        if getattr(model_args, "tune_mm_mlp_adapter", False):
+            self._train_embeddings(inputs=True)
+        path = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+        if path and added > 0:
+            stored = read_projector_file(path).get("model.embed_tokens.weight")
+            if stored is None:
+                raise ValueError(f"{path}: no model.embed_tokens.weight, which mm_use_im_start_end needs")
+            with torch.no_grad(), gathered([inputs]):
+                if stored.shape[1:] != inputs.shape[1:] or len(stored) not in (added, len(inputs)):
+                    raise ValueError(
+                        f"{path}: model.embed_tokens.weight has shape {tuple(stored.shape)}; expected {added} or "
+                        f"{len(inputs)} rows of width {inputs.shape[1]}"
+                    )
+                inputs[-added:] = stored[-added:].to(inputs)
+
+    def _train_embeddings(self, inputs: bool) -> None:
+        self.get_input_embeddings().requires_grad_(inputs)
+        self.get_output_embeddings().requires_grad_(False)

@@ -1,0 +1,184 @@
+"""Put image features where the prompt says `<image>`: the data flow of LLaVA's splice, one small function a step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+
+class SplicedInputs(tuple):
+    """The 6-tuple that LLaVA's splice returns, with the visual positions as an extra attribute.
+
+    Attributes:
+        visual_mask: [B, L] bool, True where a position came from a picture; None when nothing was spliced.
+    """
+
+    visual_mask: Tensor | None
+
+    def __new__(cls, values, visual_mask: Tensor | None = None):
+        """Make the tuple and hang the mask on it."""
+        spliced = super().__new__(cls, values)
+        spliced.visual_mask = visual_mask
+        return spliced
+
+
+class Row(NamedTuple):
+    """One sample after splicing, without padding."""
+
+    embeds: Tensor  # [L, D]
+    labels: Tensor  # [L]
+    visual: Tensor  # [L] bool
+
+
+class Batch(NamedTuple):
+    """Samples padded to one length."""
+
+    embeds: Tensor  # [B, L, D]
+    labels: Tensor  # [B, L]
+    visual: Tensor  # [B, L] bool
+    mask: Tensor  # [B, L] bool
+    positions: Tensor  # [B, L]
+
+
+def image_slots(input_ids: Tensor) -> list[int]:
+    """Count the image slots of every row of `input_ids` [B, T]."""
+    return (input_ids == IMAGE_TOKEN_INDEX).sum(dim=1).tolist()
+
+
+def assign_features(slots: list[int], num_features: int) -> list[list[int]]:
+    """Say which picture goes to which row.
+
+    Args:
+        slots: image slots of every row.
+        num_features: how many pictures were encoded.
+
+    Returns:
+        For every row the indices of the pictures that it consumes. A text-only row consumes the placeholder picture
+        that a training batch carries for it, if there is one.
+
+    Raises:
+        ValueError: The numbers of pictures and slots disagree; the message names the rows.
+    """
+    wanted = sum(slots)
+    text_rows = slots.count(0)
+    if num_features not in (wanted, wanted + text_rows):
+        raise ValueError(_mismatch(slots, num_features, wanted, text_rows))
+    placeholders = num_features != wanted
+    rows, start = [], 0
+    for count in slots:
+        used = max(count, 1) if placeholders else count
+        rows.append(list(range(start, start + used)))
+        start += used
+    return rows
+
+
+def _mismatch(slots: list[int], given: int, wanted: int, text_rows: int) -> str:
+    listed = ", ".join(f"row {row}: {count}" for row, count in enumerate(slots))
+    expected = (
+        f"{wanted}" if not text_rows else f"{wanted}, or {wanted + text_rows} with one placeholder per text-only row"
+    )
+    short = ""
+    if given < wanted:
+        seen = 0
+        for row, count in enumerate(slots):
+            seen += count
+            if seen > given:
+                short = f" The pictures run out in row {row}."
+                break
+    return (
+        f"{given} picture(s) were given but the prompts' <image> marks need {expected} ({listed})."
+        f"{short} Give as many pictures as there are <image> marks, in the same order."
+    )
+
+
+def splice_row(ids: Tensor, labels: Tensor, features: list[Tensor], embed: nn.Module) -> Row:
+    """Replace every image slot of one sample by its features.
+
+    Args:
+        ids: [T] token ids with `IMAGE_TOKEN_INDEX` in the slots.
+        labels: [T].
+        features: one [K, D] per slot. A row without slots may bring one placeholder, of which it takes nothing, so
+            that the projector stays in the graph of a text-only batch.
+        embed: the embedding table.
+
+    Shapes: L = T - slots + sum of K.
+    """
+    slots = (ids == IMAGE_TOKEN_INDEX).nonzero(as_tuple=True)[0].tolist()
+    text = embed(ids[ids != IMAGE_TOKEN_INDEX])
+    features = [feature.to(device=text.device, dtype=text.dtype) for feature in features]
+    if not slots:
+        embeds = torch.cat([text, *(feature[:0] for feature in features)])
+        return Row(embeds, labels, torch.zeros(len(embeds), dtype=torch.bool, device=ids.device))
+    lengths = [stop - start for start, stop in zip([-1, *slots], [*slots, len(ids)], strict=True)]
+    pieces = text.split([length - 1 for length in lengths])
+    label_pieces = [labels[start + 1 : stop] for start, stop in zip([-1, *slots], [*slots, len(ids)], strict=True)]
+    embeds, new_labels, visual = [], [], []
+    for index, piece in enumerate(pieces):
+        embeds.append(piece)
+        new_labels.append(label_pieces[index])
+        visual.append(torch.zeros(len(piece), dtype=torch.bool, device=ids.device))
+        if index < len(features):
+            count = len(features[index])
+            embeds.append(features[index])
+            new_labels.append(torch.full((count,), IGNORE_INDEX, dtype=labels.dtype, device=labels.device))
+            visual.append(torch.ones(count, dtype=torch.bool, device=ids.device))
+    return Row(torch.cat(embeds), torch.cat(new_labels), torch.cat(visual))
+
+
+def truncate(rows: list[Row], limit: int | None) -> list[Row]:
+    """Cut rows that are longer than `limit` positions; None keeps them."""
+    if limit is None:
+        return rows
+    return [Row(row.embeds[:limit], row.labels[:limit], row.visual[:limit]) for row in rows]
+
+
+def pad(rows: list[Row], side: str) -> Batch:
+    """Pad rows to the longest on `side` ("left" or "right"), with masks and positions to match."""
+    length = max(len(row.labels) for row in rows)
+    first = rows[0]
+    batch = Batch(
+        embeds=first.embeds.new_zeros(len(rows), length, first.embeds.shape[-1]),
+        labels=first.labels.new_full((len(rows), length), IGNORE_INDEX),
+        visual=first.visual.new_zeros(len(rows), length),
+        mask=first.visual.new_zeros(len(rows), length),
+        positions=first.labels.new_zeros(len(rows), length),
+    )
+    filled = []
+    for index, row in enumerate(rows):
+        count = len(row.labels)
+        place = slice(length - count, length) if side == "left" else slice(0, count)
+        before, after = (length - count, 0) if side == "left" else (0, length - count)
+        # Padding by concatenation keeps the graph; the other fields carry no gradient and are written in place.
+        filled.append(nn.functional.pad(row.embeds, (0, 0, before, after)))
+        batch.labels[index, place] = row.labels
+        batch.visual[index, place] = row.visual
+        batch.mask[index, place] = True
+        batch.positions[index, place] = torch.arange(count, device=row.labels.device, dtype=batch.positions.dtype)
+    return batch._replace(embeds=torch.stack(filled))
+
+
+def to_left_padding(mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
+    """Move every row's valid positions to the right end, in order.
+
+    Generation continues at the end of a row, so padding must be in front whatever side training pads on.
+
+    Args:
+        mask: [B, L], nonzero where a position is valid.
+        *tensors: [B, L, ...] to be moved alike; None stays None.
+
+    Returns:
+        The mask and the tensors, rearranged.
+    """
+    order = torch.argsort(mask.to(torch.int8), dim=1, stable=True)
+    moved: list[Tensor | None] = []
+    for tensor in tensors:
+        if tensor is None:
+            moved.append(None)
+            continue
+        index = order.to(tensor.device).view(*order.shape, *[1] * (tensor.dim() - 2)).expand_as(tensor)
+        moved.append(tensor.gather(1, index))
+    return mask.gather(1, order), moved
