@@ -42,7 +42,9 @@ class Handle:
     def __repr__(self) -> str:
         entering = self.config.entering_tokens(self.facts.patches)
         average = self.config.average_tokens(self.facts.patches, self.facts.num_layers)
-        stages = ", ".join(f"after layer {layer} keep {ratio:g}" for layer, ratio in self.config.schedule.items()) or "none"
+        stages = (
+            ", ".join(f"after layer {layer} keep {ratio:g}" for layer, ratio in self.config.schedule.items()) or "none"
+        )
         return (
             f"DUET on {self._host_class.__name__}: {self.facts.patches} -> {entering} visual tokens per image "
             f"(stage 1: {self.config.stage1}, {self.config.variant}), stages in the decoder: {stages}; "
@@ -73,7 +75,9 @@ def attach(model: nn.Module, config: DuetConfig | None = None) -> Handle:
     family = families.find(model)
     config = config or DuetConfig.from_model_config(model.config)
     if config is None:
-        raise ValueError("no configuration: pass a DuetConfig, for example DuetConfig.preset('llava-1.5-7b', tokens=192)")
+        raise ValueError(
+            "no configuration: pass a DuetConfig, for example DuetConfig.preset('llava-1.5-7b', tokens=192)"
+        )
     facts = family.facts(model)
     config.validate(facts.patches, facts.num_layers, facts.class_token)
     handle = Handle(model, config.for_depth(facts.num_layers), facts, type(model))

@@ -116,7 +116,9 @@ class DuetConfig:
             raise ValueError(f"unknown preset {name!r}; known: {', '.join(sorted(PRESETS))}")
         rows = PRESETS[name]
         if tokens not in rows:
-            raise ValueError(f"preset {name!r} has rows {sorted(rows)}, not {tokens}; use budget.solve_entering for others")
+            raise ValueError(
+                f"preset {name!r} has rows {sorted(rows)}, not {tokens}; use budget.solve_entering for others"
+            )
         row = rows[tokens]
         values: dict[str, Any] = {
             "dominant": row.dominant // row.units,
@@ -204,7 +206,9 @@ class DuetConfig:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"unknown field(s) {', '.join(unknown)} in the duet configuration; known: {', '.join(known)}")
+            raise ValueError(
+                f"unknown field(s) {', '.join(unknown)} in the duet configuration; known: {', '.join(known)}"
+            )
         return cls(**values)
 
     @classmethod

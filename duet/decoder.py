@@ -85,7 +85,9 @@ def run_decoder(
     Source: DUET-VLM Sec. 3.2.
     """
     if layer_kwargs.pop("output_attentions", False):
-        raise ValueError("output_attentions is not available: no attention map is ever computed; use duet.trace instead")
+        raise ValueError(
+            "output_attentions is not available: no attention map is ever computed; use duet.trace instead"
+        )
     if isinstance(past_key_values, DuetCache) and past_key_values.segments:
         return _continue(decoder, inputs_embeds, attention_mask, past_key_values, output_hidden_states, layer_kwargs)
     reduces = config is not None and not (config.stage1 == "none" and not config.schedule)
@@ -204,7 +206,9 @@ def _initial_state(inputs_embeds, attention_mask, position_ids, visual_mask, lab
     valid = None
     if attention_mask is not None:
         if attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask must be [batch, length] with DUET, got shape {tuple(attention_mask.shape)}")
+            raise ValueError(
+                f"attention_mask must be [batch, length] with DUET, got shape {tuple(attention_mask.shape)}"
+            )
         valid = attention_mask.to(device=device, dtype=torch.bool)
         valid = None if bool(valid.all()) else valid
     index = torch.arange(length, device=device).expand(batch, -1)
@@ -236,7 +240,9 @@ def _queries(state: TokenState, labels, answer_mask, query_indices, config: Duet
 class _ReducedPass:
     """One prefill or training forward with drops between segments of layers."""
 
-    def __init__(self, decoder: Any, config: DuetConfig, cache: DuetCache | None, want_hidden: bool, layer_kwargs: dict):
+    def __init__(
+        self, decoder: Any, config: DuetConfig, cache: DuetCache | None, want_hidden: bool, layer_kwargs: dict
+    ):
         self._decoder = decoder
         self._config = config
         self._cache = cache
@@ -274,7 +280,9 @@ class _ReducedPass:
     def _counts(self, state: TokenState) -> tuple[list[int], list[int]]:
         """Visual tokens and all tokens per sample, on the host: the one synchronisation of a pass."""
         batch, length = state.visual.shape
-        tokens = state.visual.new_full((batch,), length, dtype=torch.long) if state.valid is None else state.valid.sum(1)
+        tokens = (
+            state.visual.new_full((batch,), length, dtype=torch.long) if state.valid is None else state.valid.sum(1)
+        )
         visual, total = torch.stack((state.visual.sum(1), tokens)).tolist()
         return visual, total
 
@@ -321,7 +329,12 @@ def _next_position(state: TokenState) -> Tensor:
 
 
 def _continue(
-    decoder: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: DuetCache, want_hidden: bool, kwargs: dict
+    decoder: Any,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    cache: DuetCache,
+    want_hidden: bool,
+    kwargs: dict,
 ) -> DecoderOutput:
     """Run new positions through a decoder whose layers hold different lengths. Nothing is ranked any more."""
     batch, new, _ = inputs_embeds.shape
@@ -329,7 +342,9 @@ def _continue(
     if new > 1 and attention_mask is not None and attention_mask.dim() == 2:
         fresh = attention_mask[:, -new:].bool()
         fresh = None if bool(fresh.all()) else fresh
-    steps = torch.arange(new, device=inputs_embeds.device) if fresh is None else (fresh.long().cumsum(1) - 1).clamp(min=0)
+    steps = (
+        torch.arange(new, device=inputs_embeds.device) if fresh is None else (fresh.long().cumsum(1) - 1).clamp(min=0)
+    )
     hidden, states = inputs_embeds, [] if want_hidden else None
     for segment in cache.segments:
         positions = segment.next_position.unsqueeze(-1) + steps

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
-    from duet.trace import ImageRecord
+    from duet.tracing import ImageRecord
 
 VISION_STAGE = 0  # the panel that shows what stage 1 did; other stages are named by their decoder layer
 _PANEL = 336  # edge of a panel in pixels

@@ -29,8 +29,6 @@ def causal_lm_loss(
     picked = hidden_BLD[:, :-1][supervised]
     if picked.shape[0] == 0:
         return lm_head(hidden_BLD[:1, :1]).float().sum() * 0.0
-    total = nn.functional.cross_entropy(
-        lm_head(picked).float(), targets[supervised].to(picked.device), reduction="sum"
-    )
+    total = nn.functional.cross_entropy(lm_head(picked).float(), targets[supervised].to(picked.device), reduction="sum")
     count = picked.shape[0] if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)

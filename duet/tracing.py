@@ -86,7 +86,9 @@ class Trace:
         Raises:
             ValueError: no sample with an image was recorded.
         """
-        sums = [self._sample_average(segments, row) for segments in self.passes for row in range(len(segments[0].visual))]
+        sums = [
+            self._sample_average(segments, row) for segments in self.passes for row in range(len(segments[0].visual))
+        ]
         with_image = [value for value in sums if value is not None]
         if not with_image:
             raise ValueError("no sample with an image was recorded, so there is no average of visual tokens")

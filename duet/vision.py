@@ -79,7 +79,9 @@ def _depth(index: int, blocks: int) -> int:
     """Return how many blocks have run when ``hidden_states[index]`` exists."""
     depth = index + blocks + 1 if index < 0 else index
     if not 0 <= depth <= blocks:
-        raise ValueError(f"vision layer {index} does not exist: the tower has {blocks} blocks, so use -{blocks + 1} to {blocks}")
+        raise ValueError(
+            f"vision layer {index} does not exist: the tower has {blocks} blocks, so use -{blocks + 1} to {blocks}"
+        )
     return depth
 
 

@@ -88,7 +88,9 @@ class ReducedLlava:
         fed_length = prompt.inputs_embeds.shape[1]
         features = None
         if pixel_values is not None:
-            features = _image_features(model, pixel_values, vision_feature_layer, vision_feature_select_strategy, config)
+            features = _image_features(
+                model, pixel_values, vision_feature_layer, vision_feature_select_strategy, config
+            )
             ids_or_embeds = input_ids if input_ids is not None else prompt.inputs_embeds
             prompt = _insert_images(model, prompt, _placeholders(model, ids_or_embeds), features, prompt_length)
         decoder = model.model.language_model
@@ -191,7 +193,9 @@ def _placeholders_per_image(marks: Tensor, images: int) -> int:
 def _shrink(prompt: Prompt, marks: Tensor, per_image: int, kept: int) -> tuple[Prompt, Tensor]:
     """Keep the first ``kept`` placeholders of every image and close the gaps."""
     if kept > per_image:
-        raise ValueError(f"stage 1 gives {kept} tokens per image, but a prompt has only {per_image} placeholders for each")
+        raise ValueError(
+            f"stage 1 gives {kept} tokens per image, but a prompt has only {per_image} placeholders for each"
+        )
     batch, length = marks.shape
     mask = prompt.attention_mask
     valid = torch.ones_like(marks) if mask is None else mask.bool()
@@ -232,7 +236,9 @@ class LlavaFamily(Family):
         """Return patches, depth and class token from the configuration."""
         vision = model.config.vision_config
         side = vision.image_size // vision.patch_size
-        has_class = hasattr(getattr(model.model.vision_tower, "vision_model", model.model.vision_tower).embeddings, "class_embedding")
+        has_class = hasattr(
+            getattr(model.model.vision_tower, "vision_model", model.model.vision_tower).embeddings, "class_embedding"
+        )
         return ModelFacts(side * side, model.config.text_config.num_hidden_layers, has_class)
 
 

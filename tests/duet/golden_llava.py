@@ -40,7 +40,9 @@ def build():
     )  # fmt: skip
     config = LlavaConfig(
         text_config=LlamaConfig(**{key: text[key] for key in keep if key in text}, pad_token_id=0),
-        vision_config=CLIPVisionConfig(**{k: v for k, v in vision.items() if k not in ("architectures", "torch_dtype")}),
+        vision_config=CLIPVisionConfig(
+            **{k: v for k, v in vision.items() if k not in ("architectures", "torch_dtype")}
+        ),
         image_token_index=IMAGE_TOKEN,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -53,7 +55,11 @@ def build():
         key = key.replace("model.mm_projector.0.", "model.multi_modal_projector.linear_1.")
         key = key.replace("model.mm_projector.2.", "model.multi_modal_projector.linear_2.")
         for part in ("embed_tokens", "layers", "norm"):
-            key = key.replace(f"model.{part}.", f"model.language_model.{part}.") if key.startswith(f"model.{part}.") else key
+            key = (
+                key.replace(f"model.{part}.", f"model.language_model.{part}.")
+                if key.startswith(f"model.{part}.")
+                else key
+            )
         renamed[key] = value
     tower = load_file(GOLDEN / "clip_tiny" / "model.safetensors")
     own = set(model.state_dict())
