@@ -1,4 +1,4 @@
-"""The llava-hf layout: its config next to ours, its vocabulary padding, and writing a folder that transformers reads."""
+"""The llava-hf layout: its config next to ours, its vocabulary padding, its tokenizer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def hf_model_type(raw: dict) -> str:
     """
     if raw.get("model_type") != "llava":
         raise ValueError(
-            f"model_type {raw.get('model_type')!r} is not supported yet; of the llava-hf models only 'llava' (LLaVA-1.5) is"
+            f"model_type {raw.get('model_type')!r} is not supported yet; of the llava-hf models only 'llava' "
+            "(LLaVA-1.5) is"
         )
     backbone = raw["text_config"].get("model_type", "llama")
     if backbone not in _BACKBONES:

@@ -154,7 +154,7 @@ class LlavaMetaForCausalLM(ABC):
             attention_mask: [B, T] or None (all valid).
             past_key_values: Passed through.
             labels: [B, T] or None.
-            images: [M, 3, H, W], or a list of M pictures [3, H, W] or tile stacks [tiles, 3, H, W], or [M, tiles, 3, H, W].
+            images: [M, 3, H, W], [M, tiles, 3, H, W], or a list of M pictures [3, H, W] or [tiles, 3, H, W].
             image_sizes: (width, height) of the M pictures, needed by `spatial_unpad`.
 
         Returns:
@@ -241,7 +241,8 @@ class LlavaMetaForCausalLM(ABC):
         """Add the image tokens that the options ask for, with mean-initialised rows.
 
         Args:
-            model_args: `mm_use_im_patch_token`, `mm_use_im_start_end`, `tune_mm_mlp_adapter`, `pretrain_mm_mlp_adapter`.
+            model_args: `mm_use_im_patch_token`, `mm_use_im_start_end`, `tune_mm_mlp_adapter`,
+                `pretrain_mm_mlp_adapter`.
             tokenizer: Grows in place, and the embeddings with it.
 
         Raises:

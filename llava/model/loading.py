@@ -38,7 +38,7 @@ def read_config_dict(path: str, **kwargs) -> dict:
 
 
 def make_config(config_class, raw: dict, kwargs: dict):
-    """Build the config object; keyword arguments that are config attributes override it and are taken out of `kwargs`."""
+    """Build the config object. Keyword arguments that are config attributes override it and leave `kwargs`."""
     raw = {
         key: value for key, value in raw.items() if key not in ("model_type", "architectures", "transformers_version")
     }

@@ -29,7 +29,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         forward: splices pictures, runs the decoder through `duet.run_decoder` with or without a reduction, computes
             logits only for the loss while training.
         generate: takes pictures, pads on the left, returns new tokens only.
-        from_pretrained: reads LLaVA and llava-hf checkpoints strictly; stock tower weights only if the checkpoint has none.
+        from_pretrained: reads LLaVA and llava-hf checkpoints strictly; stock tower weights only if there are none.
         save_pretrained: writes LLaVA's layout.
     """
 

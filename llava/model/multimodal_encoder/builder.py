@@ -30,8 +30,8 @@ def build_vision_tower(vision_tower_cfg, **kwargs) -> CLIPVisionTower:
     known_geometry = getattr(vision_tower_cfg, "mm_vision_config", None) is not None
     if not name or not (known_geometry or resolve_path(name, vision_tower_cfg) or is_hub_tower(name)):
         raise ValueError(
-            f"unknown vision tower {name!r}: give the path of a CLIP vision model folder, or a hub name that starts with "
-            "'openai/' or 'laion/' (or contains 'ShareGPT4V')"
+            f"unknown vision tower {name!r}: give the path of a CLIP vision model folder, or a hub name that starts "
+            "with 'openai/' or 'laion/' (or contains 'ShareGPT4V')"
         )
     if getattr(vision_tower_cfg, "s2", False):
         return CLIPVisionTowerS2(name, args=vision_tower_cfg, **kwargs)

@@ -72,7 +72,7 @@ class CLIPVisionTower(nn.Module):
         self.select_feature = getattr(args, "mm_vision_select_feature", None) or "patch"
         if self.select_feature not in ("patch", "cls_patch"):
             raise ValueError(
-                f"mm_vision_select_feature is {self.select_feature!r}; use 'patch' (without the class token) or 'cls_patch'"
+                f"mm_vision_select_feature is {self.select_feature!r}; use 'patch' (no class token) or 'cls_patch'"
             )
         self.tunable = bool(getattr(args, "unfreeze_mm_vision_tower", False))
         self._path = resolve_path(vision_tower, args)
@@ -103,7 +103,7 @@ class CLIPVisionTower(nn.Module):
             )
         except OSError as error:
             raise OSError(
-                f"the vision tower {self.vision_tower_name!r} could not be loaded: put a CLIP vision model folder there, "
+                f"the vision tower {self.vision_tower_name!r} could not be loaded: put a CLIP vision model there, "
                 "set mm_vision_tower in the checkpoint's config.json to where it is, or make the hub reachable "
                 f"({error})"
             ) from error
@@ -146,7 +146,7 @@ class CLIPVisionTower(nn.Module):
             reduction: `duet.DuetConfig` whose stage 1 acts here, or None for all patches.
 
         Returns:
-            [B, K, D] in the dtype of `images`. Without a reduction K is every patch, plus the class token for `cls_patch`.
+            [B, K, D] in the dtype of `images`; without a reduction K is every patch (and the class token).
         """
         trainable = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):

@@ -1,0 +1,178 @@
+"""The token-reduction flags: one group for training, evaluation and the command line, with the same names everywhere."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from duet import DuetConfig
+
+_PRESET = "llava-1.5-7b"
+# The default schedule is the paper's, written for 32 layers; other depths scale it.
+_PAPER_DEPTH = 32
+
+
+def _flag(text: str, aliases: Sequence[str] = ()) -> Any:
+    return field(default=None, metadata={"help": text, "aliases": list(aliases)})
+
+
+@dataclass
+class ReductionArguments:
+    """DUET's flags. None means "not given"; with nothing given the checkpoint's own setting holds."""
+
+    dominant: int | None = _flag("visual tokens kept as they are after the vision tower", ["--dominant_num"])
+    contextual: int | None = _flag("merged tokens after the vision tower", ["--context_num", "--contextual_num"])
+    cluster_width: int | None = _flag("tokens that one merged token averages")
+    layer_list: str | None = _flag("decoder layers after which visual tokens are dropped, e.g. '[16,24]' (quote it)")
+    image_token_ratio_list: str | None = _flag(
+        "share of the entering visual tokens that is kept after each of these layers, e.g. '[0.5,0.0]'"
+    )
+    duet_tokens: int | None = _flag(
+        "a budget of the paper (192, 128 or 64 visual tokens on average), scaled to the model's depth; 0 turns the "
+        "reduction off"
+    )
+    queries: str | None = _flag("text rows that rank visual tokens: last, all, salient, or a list of indices")
+    positions: str | None = _flag("positions after a drop: auto, compact or original")
+    variant: str | None = _flag("paper (Algorithm 1) or release (the published code)")
+    stage1: str | None = _flag("vision reducer: local_cluster, visionzip or none")
+    use_salient_tokens: bool | None = _flag("released spelling of --queries salient", ["--compute_salient_tokens"])
+
+    def given(self) -> dict[str, Any]:
+        """Return the flags that were given."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) is not None}
+
+    def to_config(self, default: DuetConfig | None = None) -> DuetConfig | None:
+        """Combine the flags with what the checkpoint says.
+
+        Args:
+            default: The checkpoint's reduction, or None.
+
+        Returns:
+            The reduction, or None for none. With no flag given this is `default`. `duet_tokens` starts from the paper's
+            preset, other flags from `default` or else from the paper's setting; layers in `layer_list` are literal.
+
+        Raises:
+            ValueError: A flag cannot be read, or two contradict each other; the message names them.
+        """
+        given = self.given()
+        if not given:
+            return default
+        tokens = given.pop("duet_tokens", None)
+        if tokens == 0:
+            if given:
+                raise ValueError(f"--duet_tokens 0 turns the reduction off, so --{next(iter(given))} has no effect")
+            return None
+        overrides = self._overrides(given)
+        if tokens is not None:
+            return DuetConfig.preset(_PRESET, tokens=tokens, **overrides)
+        base = DuetConfig(depth=_PAPER_DEPTH) if default is None else default
+        return replace(base, **overrides)
+
+    def _overrides(self, given: dict[str, Any]) -> dict[str, Any]:
+        names = ("dominant", "contextual", "cluster_width", "positions", "variant", "stage1")
+        overrides = {name: given[name] for name in names if name in given}
+        if "queries" in given:
+            overrides["queries"] = parse_queries(given["queries"])
+        if given.get("use_salient_tokens"):
+            if overrides.get("queries", "salient") != "salient":
+                raise ValueError(f"--use_salient_tokens contradicts --queries {given['queries']}; give one of them")
+            overrides["queries"] = "salient"
+        schedule = parse_schedule(given.get("layer_list"), given.get("image_token_ratio_list"))
+        if schedule is not None:
+            overrides |= {"schedule": schedule, "depth": None}
+        return overrides
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the flags to an argparse parser."""
+        group = parser.add_argument_group(
+            "DUET", "visual token reduction; without flags the checkpoint's setting holds"
+        )
+        kinds = {"int | None": int, "str | None": str, "bool | None": _boolean}
+        for item in fields(cls):
+            kind = kinds[str(item.type)]
+            extra = {"nargs": "?", "const": True} if kind is _boolean else {}
+            group.add_argument(
+                f"--{item.name}",
+                *item.metadata["aliases"],
+                type=kind,
+                default=None,
+                help=item.metadata["help"],
+                **extra,
+            )
+
+    @classmethod
+    def from_namespace(cls, namespace: Any) -> ReductionArguments:
+        """Read the flags from parsed arguments (or any object that has some of them as attributes)."""
+        return cls(**{item.name: getattr(namespace, item.name, None) for item in fields(cls)})
+
+
+def parse_list(flag: str, text: str | Sequence) -> list:
+    """Read a list such as `[16,24]` from the command line.
+
+    Raises:
+        ValueError: It is no list of numbers; the message names the flag.
+    """
+    if isinstance(text, str):
+        try:
+            value = ast.literal_eval(text.strip())
+        except (SyntaxError, ValueError):
+            value = None
+        value = [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+    else:
+        value = text
+    numbers = isinstance(value, list | tuple) and all(
+        isinstance(item, int | float) and not isinstance(item, bool) for item in value
+    )
+    if not numbers:
+        raise ValueError(f"--{flag} {text!r} is no list of numbers; write it like '[16,24]', in quotes")
+    return list(value)
+
+
+def parse_schedule(layers: str | None, ratios: str | None) -> dict[int, float] | None:
+    """Read the two released list flags into a schedule; None when neither was given.
+
+    Raises:
+        ValueError: One is missing, their lengths differ, or a layer is no whole number.
+    """
+    if layers is None and ratios is None:
+        return None
+    if layers is None or ratios is None:
+        missing = "layer_list" if layers is None else "image_token_ratio_list"
+        raise ValueError(f"--layer_list and --image_token_ratio_list belong together; --{missing} is not given")
+    layer_list, ratio_list = parse_list("layer_list", layers), parse_list("image_token_ratio_list", ratios)
+    if len(layer_list) != len(ratio_list):
+        raise ValueError(
+            f"--layer_list has {len(layer_list)} entries and --image_token_ratio_list {len(ratio_list)}; "
+            "give one ratio per layer"
+        )
+    if any(int(layer) != layer for layer in layer_list):
+        raise ValueError(f"--layer_list {layers} must hold whole numbers")
+    if sorted(set(layer_list)) != layer_list:
+        raise ValueError(f"--layer_list {layers} must rise, without repeats")
+    return {int(layer): float(ratio) for layer, ratio in zip(layer_list, ratio_list, strict=True)}
+
+
+def parse_queries(text: str) -> str | tuple[int, ...]:
+    """Read `--queries`: a name, or a list of indices.
+
+    Raises:
+        ValueError: Neither.
+    """
+    if not text.strip().startswith(("[", "(")):
+        return text
+    indices = parse_list("queries", text)
+    if not indices or any(int(index) != index for index in indices):
+        raise ValueError(f"--queries {text} must be last, all, salient, or a list of whole numbers such as '[0,3]'")
+    return tuple(int(index) for index in indices)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
