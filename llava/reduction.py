@@ -1,4 +1,4 @@
-"""The token-reduction flags: one group for training, evaluation and the command line, with the same names everywhere."""
+"""The token-reduction flags: one group, with the same names in training, evaluation and on the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from duet import DuetConfig
 
@@ -91,9 +91,11 @@ class ReductionArguments:
         group = parser.add_argument_group(
             "DUET", "visual token reduction; without flags the checkpoint's setting holds"
         )
-        kinds = {"int | None": int, "str | None": str, "bool | None": _boolean}
+        # Not from the fields: HfArgumentParser rewrites their types.
+        hints = get_type_hints(cls)
         for item in fields(cls):
-            kind = kinds[str(item.type)]
+            kind = get_args(hints[item.name])[0]
+            kind = _boolean if kind is bool else kind
             extra = {"nargs": "?", "const": True} if kind is _boolean else {}
             group.add_argument(
                 f"--{item.name}",
