@@ -116,24 +116,6 @@ def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: str
     return torch.stack([_pixel_values(view, processor) for view in views])
 
 
-def unpad_image(tensor: torch.Tensor, original_size: Size) -> torch.Tensor:
-    """Cut off the rows or columns of a feature map that show the padding of ``resize_and_pad_image``.
-
-    Args:
-        tensor: [D, H, W] feature map of the padded picture.
-        original_size: (width, height) of the picture before padding.
-    """
-    width, height = original_size
-    current_height, current_width = tensor.shape[1:]
-    if width / height > current_width / current_height:
-        new_height = int(height * (current_width / width))
-        padding = (current_height - new_height) // 2
-        return tensor[:, padding : current_height - padding, :]
-    new_width = int(width * (current_height / height))
-    padding = (current_width - new_width) // 2
-    return tensor[:, :, padding : current_width - padding]
-
-
 def load_image_from_base64(image: str) -> Image.Image:
     """Decode a base64 string into a picture."""
     return Image.open(BytesIO(base64.b64decode(image)))
