@@ -1,0 +1,285 @@
+"""The trainer: LLaVA's sampler and optimizer groups, complete checkpoints, and figures for every step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+import duet
+from llava.model.checkpoints import load_partial, read_tensors, to_own_key, weight_files
+from llava.train import checkpoints
+from llava.train.lora import get_mm_adapter_state_maybe_zero_3, load_adapter, maybe_zero_3
+from llava.train.meter import StepMeter
+from llava.train.optim import learning_rates, parameter_groups, part_of
+from llava.train.run_log import RunLog, draw_kept_tokens
+from llava.train.sampler import (
+    LengthGroupedSampler,
+    get_length_grouped_indices,
+    get_modality_length_grouped_indices,
+    split_to_even_chunks,
+)
+
+__all__ = [
+    "LLaVATrainer",
+    "LengthGroupedSampler",
+    "get_length_grouped_indices",
+    "get_mm_adapter_state_maybe_zero_3",
+    "get_modality_length_grouped_indices",
+    "maybe_zero_3",
+    "split_to_even_chunks",
+]
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_IDS = "sample_ids"
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss of a batch is NaN or infinite; the message names its samples."""
+
+
+class LLaVATrainer(Trainer):
+    """Hugging Face's trainer with LLaVA's recipe.
+
+    Args:
+        run_log: where figures go; default: nowhere.
+        image_processor: needed to draw images in the log.
+        *args, **kwargs: of `transformers.Trainer`.
+    """
+
+    def __init__(self, *args: Any, run_log: RunLog | None = None, image_processor: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # LLaVA averages over each device's tokens; the model's **kwargs would make the Trainer use the global count.
+        self.model_accepts_loss_kwargs = getattr(self.args, "loss_normalization", "per_device") == "global"
+        self.run_log = run_log
+        self.image_processor = image_processor
+        self.meter = StepMeter()
+        self.meter.watch_model(self.model)
+        self.stopped_by_signal = False
+
+    # ---- order of the data and groups of the optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if dataset is None or not getattr(self.args, "group_by_modality_length", False):
+            return super()._get_train_sampler(dataset)
+        return LengthGroupedSampler(
+            self.args.train_batch_size,
+            world_size=self.args.world_size * self.args.gradient_accumulation_steps,
+            lengths=dataset.modality_lengths,
+            group_by_modality=True,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer with separate rates for the projector and an unfrozen tower."""
+        if self.optimizer is not None:
+            return self.optimizer
+        target = self.model if model is None else model
+        groups = parameter_groups(
+            target.named_parameters(),
+            self.get_decay_parameter_names(target),
+            weight_decay=self.args.weight_decay,
+            learning_rate=self.args.learning_rate,
+            projector_lr=getattr(self.args, "mm_projector_lr", None),
+            tower_lr=getattr(self.args, "mm_vision_tower_lr", None),
+        )
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+        self.optimizer = kind(groups, **options)
+        if "bitsandbytes" in str(kind) and options.get("optim_bits") == 8:
+            self._keep_embeddings_in_32_bit(target)
+        self.meter.watch_optimizer(self.optimizer)
+        return self.optimizer
+
+    @staticmethod
+    def _keep_embeddings_in_32_bit(model: nn.Module) -> None:
+        import bitsandbytes
+
+        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
+
+    # ---- one step
+
+    def _will_log(self) -> bool:
+        every = self.state.logging_steps or 0
+        return every > 0 and (self.state.global_step + 1) % every == 0
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetch the batches of one optimizer step, and time it."""
+        self.meter.measure(self._will_log())
+        self.meter.start("data")
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        finally:
+            self.meter.stop("data")
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward, timed."""
+        self.meter.start("language")
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self.meter.stop("language")
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of one batch.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite.
+        """
+        inputs = dict(inputs)
+        ids = inputs.pop(SAMPLE_IDS, None)
+        draw = self._draws_now(model)
+        with duet.trace(images=draw) as trace:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        if not math.isfinite(loss.item()):
+            raise NonFiniteLossError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, rank {self.args.process_index}, for "
+                f"the samples {ids}. Look at these records, lower the learning rate, or train in bf16 or fp32 instead "
+                "of fp16"
+            )
+        if model.training and trace.passes:
+            self.meter.count_pass(trace.passes[0])
+        if draw:
+            self._draw(inputs.get("images"), trace.images)
+        return result
+
+    def _draws_now(self, model: nn.Module) -> bool:
+        every = getattr(self.args, "image_log_steps", 0)
+        first = self.state.global_step != getattr(self, "_drawn_at", -1)
+        due = every > 0 and self.state.global_step % every == 0 and first
+        return bool(
+            due and model.training and self.run_log and self.run_log.active and self.image_processor is not None
+        )
+
+    def _draw(self, images: Any, records: list[Any]) -> None:
+        self._drawn_at = self.state.global_step
+        if images is None or self.run_log is None:
+            return
+        folder = self.run_log.output_dir / "overlays"
+        step = self.state.global_step
+        paths = draw_kept_tokens(
+            images, records, self.image_processor, folder, f"step_{step:06d}", self.args.image_log_count
+        )
+        self.run_log.pictures(step, paths)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Add rates, tokens, times and memory to what is logged."""
+        if "loss" in logs and self.meter.sums["steps"] > 0:
+            row = self.meter.vector()
+            rows = self.accelerator.gather(row.to(self.args.device).float().unsqueeze(0)).double().cpu()
+            logs |= {name: round(value, 6) for name, value in self.meter.summary(rows).items()}
+            self.meter.reset()
+        if "loss" in logs and self.optimizer is not None:
+            rates = learning_rates(self.optimizer.param_groups)
+            # Only one rate is named `learning_rate`; the projector's own rate has to be visible next to it.
+            logs |= {name: rate for name, rate in rates.items() if name != "lr"}
+        super().log(logs, start_time)
+
+    # ---- saving
+
+    def save_kind(self) -> str:
+        """What a save writes: `adapter`, `projector` or `full`."""
+        if getattr(self.args, "lora_enable", False):
+            return "adapter"
+        learns = {part_of(name) for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        only_projector = getattr(self.args, "tune_mm_mlp_adapter", False) and "vision_tower" not in learns
+        return "projector" if only_projector else "full"
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model of this run in LLaVA's files. Every rank has to call it."""
+        folder = Path(output_dir or self.args.output_dir)
+        kind = self.save_kind()
+        if kind == "full":
+            super().save_model(str(folder), _internal_call)
+            return
+        if kind == "adapter":
+            checkpoints.save_adapter(self.model, folder, write=self.args.should_save)
+        else:
+            state = checkpoints.projector_state(self.model, getattr(self.args, "use_im_start_end", False))
+            if self.args.should_save:
+                checkpoints.save_projector(state, folder)
+                self.model.config.save_pretrained(folder)
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save everything that resuming needs; only then does it count, and only then are older checkpoints deleted."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        begin = time.perf_counter()
+        # What an interrupted save left behind must not be mixed with the new files.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.mark_complete(
+                    folder, step=self.state.global_step, kind=self.save_kind(), world_size=self.args.world_size
+                )
+                checkpoints.rotate(self.args.output_dir, limit, keep=folder)
+        except Exception as err:
+            if not checkpoints.looks_like_write_failure(err):
+                raise
+            raise checkpoints.save_failure(folder, err) from err
+        finally:
+            self.args.save_total_limit = limit
+            self.meter.since += time.perf_counter() - begin
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Frozen weights are loaded at the start of a run; with them a stage-1 state would be as large as the LLM.
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=self._has_frozen())
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _has_frozen(self) -> bool:
+        return any(not parameter.requires_grad for parameter in self.model.parameters())
+
+    # ---- resuming
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        path, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=not self._has_frozen())
+        if path is None:
+            raise checkpoints.CheckpointError(
+                f"{resume_from_checkpoint} has no DeepSpeed state: it was saved without --deepspeed, so resume it "
+                "without, or start from its weights with --model_name_or_path"
+            )
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        folder = Path(resume_from_checkpoint)
+        if not (folder / "optimizer.pt").is_file() and list(folder.glob("global_step*")):
+            raise checkpoints.CheckpointError(
+                f"{folder} was saved by a run with --deepspeed; resume it with --deepspeed"
+            )
+        kind = self.save_kind()
+        if kind == "adapter":
+            load_adapter(target, folder)
+            return
+        for file in weight_files(str(folder)) if kind == "full" else [str(folder / checkpoints.PROJECTOR_FILE)]:
+            tensors = {to_own_key(key): value for key, value in read_tensors(file).items()}
+            load_partial(target, tensors, file)

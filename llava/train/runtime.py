@@ -1,0 +1,116 @@
+"""Where a run executes: accelerator or CPU, and how many ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+
+import torch
+
+
+def has_accelerator() -> bool:
+    """True when torch sees a CUDA or ROCm device (ROCm also answers through `torch.cuda`)."""
+    return torch.cuda.is_available() and torch.cuda.device_count() > 0
+
+
+def accelerator_name() -> str:
+    """Short description of the hardware for plans and logs."""
+    if not has_accelerator():
+        return f"CPU ({os.cpu_count()} cores)"
+    kind = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)} ({kind})"
+
+
+def launched_world_size() -> int:
+    """Number of ranks that the launcher (torchrun, deepspeed) announced; 1 under plain python."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_rank0() -> bool:
+    """True on the one process that writes files and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def require_deepspeed() -> None:
+    """Check that deepspeed is there, and describe a world of one rank to it when no launcher did.
+
+    Raises:
+        ImportError: deepspeed is not installed.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ImportError(
+            "--deepspeed was given, but deepspeed is not installed. Install it: pip install -e '.[train]'"
+        )
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
+
+
+def prepare_cpu_deepspeed() -> dict[str, bool]:
+    """Create the distributed state for DeepSpeed on a machine without an accelerator.
+
+    accelerate finds no DeepSpeed backend there and would silently report a world of one rank: every rank would train on
+    the same data and write the same checkpoint. A state that was configured beforehand is respected.
+
+    Returns:
+        The `accelerator_config` that makes `TrainingArguments` use the state.
+
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    try:
+        PartialState(backend="gloo")
+    finally:
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+    return {"use_configured_state": True}
+
+
+def check_world_size(seen: int) -> None:
+    """Stop when the framework's idea of the world differs from the launcher's.
+
+    Raises:
+        RuntimeError: the two differ.
+    """
+    launched = launched_world_size()
+    if seen != launched:
+        raise RuntimeError(
+            f"the launcher started {launched} ranks but the training framework sees {seen}. Every rank would train on "
+            "the same data. Check that WORLD_SIZE, RANK and LOCAL_RANK come from one launcher only."
+        )
+
+
+def resolve_attention(requested: str | None) -> tuple[str, str | None]:
+    """Choose the attention kernel.
+
+    Args:
+        requested: `sdpa`, `eager`, `flash_attention_2` or None (sdpa).
+
+    Returns:
+        The kernel to use, and a notice when it is not the requested one.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    known = ("sdpa", "eager", "flash_attention_2")
+    if requested is None:
+        return "sdpa", None
+    if requested not in known:
+        raise ValueError(f"--attn_implementation {requested}: expected one of {', '.join(known)}")
+    if requested == "flash_attention_2":
+        if importlib.util.find_spec("flash_attn") is None:
+            return "sdpa", "flash_attention_2 was asked for, but flash-attn is not installed: using sdpa"
+        if not has_accelerator():
+            return "sdpa", "flash_attention_2 needs a CUDA or ROCm device: using sdpa"
+    return requested, None

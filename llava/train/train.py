@@ -1,0 +1,305 @@
+"""LLaVA's training entry: `python -m llava.train.train --flags`, under python, torchrun or deepspeed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from llava.train import checkpoints, runtime
+from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments, parse_arguments
+from llava.train.build import build, smart_tokenizer_and_embedding_resize
+from llava.train.callbacks import EXIT_STOPPED, EpochCallback, FrozenCallback, LogCallback, StopCallback, StopSignal
+from llava.train.checkpoints import safe_save_model_for_hf_trainer
+from llava.train.collator import DataCollatorForSupervisedDataset
+from llava.train.dataset import LazySupervisedDataset, make_supervised_data_module
+from llava.train.labels import (
+    preprocess,
+    preprocess_llama_2,
+    preprocess_mpt,
+    preprocess_multimodal,
+    preprocess_plain,
+    preprocess_v0,
+    preprocess_v1,
+)
+from llava.train.llava_trainer import LLaVATrainer
+from llava.train.lora import (
+    find_all_linear_names,
+    get_mm_adapter_state_maybe_zero_3,
+    get_peft_state_maybe_zero_3,
+    get_peft_state_non_lora_maybe_zero_3,
+    maybe_zero_3,
+)
+from llava.train.optim import trainable_table
+from llava.train.run_log import RunLog, describe_run
+
+__all__ = [
+    "DataArguments",
+    "DataCollatorForSupervisedDataset",
+    "LLaVATrainer",
+    "LazySupervisedDataset",
+    "ModelArguments",
+    "TrainingArguments",
+    "find_all_linear_names",
+    "get_mm_adapter_state_maybe_zero_3",
+    "get_peft_state_maybe_zero_3",
+    "get_peft_state_non_lora_maybe_zero_3",
+    "make_supervised_data_module",
+    "maybe_zero_3",
+    "preprocess",
+    "preprocess_llama_2",
+    "preprocess_mpt",
+    "preprocess_multimodal",
+    "preprocess_plain",
+    "preprocess_v0",
+    "preprocess_v1",
+    "safe_save_model_for_hf_trainer",
+    "smart_tokenizer_and_embedding_resize",
+    "train",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def train(attn_implementation: str | None = None) -> None:
+    """Train as the command line says (LLaVA's entry point).
+
+    Args:
+        attn_implementation: default kernel; `--attn_implementation` wins.
+
+    Raises:
+        SystemExit: code 143 when SIGTERM ended the run after a checkpoint was saved.
+    """
+    set_up_logging()
+    stop = StopSignal().install()
+    args = parse_arguments()
+    if run(args, attn_implementation, stop):
+        sys.exit(EXIT_STOPPED)
+
+
+def set_up_logging() -> None:
+    """Print this project's notices on the first rank, and only errors on the others."""
+    level = logging.INFO if runtime.is_rank0() else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for name in ("llava", "duet"):
+        logging.getLogger(name).setLevel(level)
+    # The tokenizer's own parallelism deadlocks in forked data-loader workers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def run(args: RunArguments, attn_implementation: str | None = None, stop: StopSignal | None = None) -> bool:
+    """Build, check, train and save.
+
+    Args:
+        args: all flags.
+        attn_implementation: default attention kernel.
+        stop: watches SIGTERM; default: nobody does.
+
+    Returns:
+        True when the run was stopped by a signal (a checkpoint was saved), False when it finished.
+    """
+    attention, notice = runtime.resolve_attention(args.model.attn_implementation or attn_implementation)
+    if notice:
+        logger.warning(notice)
+    transformers.set_seed(args.training.seed)
+    model, tokenizer = build(args, attention)
+    logger.info("trainable parameters\n%s", trainable_table(model))
+    data = load_data(args, tokenizer)
+    if args.training.dry_run:
+        from llava.train.dry_run import dry_run
+
+        dry_run(args, model, tokenizer, data)
+        return False
+    return fit(args, model, tokenizer, data, stop or StopSignal())
+
+
+def load_data(args: RunArguments, tokenizer: Any) -> dict[str, Any]:
+    """Read the annotation files and look at every record before the first step.
+
+    Raises:
+        BadSampleError: bad records, and the policy is `error`.
+    """
+    from llava.train.samples import NamedCollator, NamedSamples
+
+    bad_list = Path(args.training.output_dir) / "bad_samples.jsonl"
+    args.data.bad_sample_file = str(bad_list)  # pyright: ignore[reportAttributeAccessIssue]
+    module = make_supervised_data_module(tokenizer, args.data)
+    for name in ("train_dataset", "eval_dataset"):
+        if module[name] is not None:
+            check_data(args, module[name])
+            module[name] = NamedSamples(module[name])
+    module["data_collator"] = NamedCollator(module["data_collator"])
+    return module
+
+
+def check_data(args: RunArguments, dataset: LazySupervisedDataset) -> None:
+    """Scan one dataset on the first rank, and leave the bad records out everywhere or stop.
+
+    Raises:
+        BadSampleError: bad records under `--on_bad_sample error`, or more of them than `--max_zero_label_share` allows
+            to have nothing to learn from.
+    """
+    from llava.train.preflight import scan
+    from llava.train.records import BadSampleError
+
+    report = None
+    if runtime.is_rank0():
+        folder = args.data.image_folder if dataset.multimodal else None
+        report = scan(
+            dataset.list_data_dict,
+            folder,
+            origins=dataset.origins,
+            multimodal=dataset.multimodal,
+            images=args.data.scan_images != "none",
+            decode=args.data.scan_images == "decode",
+            extra_check=dataset._check_length,
+        )
+    box = [report]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(box, src=0)
+    report = box[0]
+    assert report is not None
+    if report.ok:
+        return
+    if args.data.on_bad_sample == "error":
+        report.raise_if_bad()
+    empty = sum(count for kind, count in report.counts.items() if kind in ("empty answer", "no answer", "too long"))
+    if empty > args.data.max_zero_label_share * report.records:
+        raise BadSampleError(
+            f"{empty} of {report.records} records have nothing to learn from, more than --max_zero_label_share "
+            f"{args.data.max_zero_label_share} allows.\n{report.summary()}",
+            "no labels",
+        )
+    if runtime.is_rank0():
+        logger.warning("left out bad records: %s", report.summary())
+    dataset.drop(report)
+
+
+def make_trainer(
+    args: RunArguments, model: Any, tokenizer: Any, data: dict[str, Any], stop: StopSignal
+) -> LLaVATrainer:
+    """Put the trainer together with its log and callbacks."""
+    training = args.training
+    run_log = RunLog(
+        training.output_dir,
+        describe_run(args.to_dict()),
+        wandb_wanted=training.log_to_wandb,
+        run_name=training.run_name,
+        active=training.process_index == 0,
+    )
+    training.prediction_loss_only = True
+    trainer = LLaVATrainer(
+        model=model,
+        processing_class=tokenizer,
+        args=training,
+        run_log=run_log,
+        image_processor=getattr(args.data, "image_processor", None),
+        **data,
+    )
+    stopper = StopCallback(stop)
+    for callback in (
+        stopper,
+        EpochCallback(),
+        FrozenCallback(model),
+        LogCallback(run_log, trainer.meter, training.raise_on_nan_grad),
+    ):
+        trainer.add_callback(callback)
+    trainer.stopper = stopper
+    mark_zero3_leaves(training, model)
+    return trainer
+
+
+def mark_zero3_leaves(training: TrainingArguments, model: Any) -> None:
+    """Let ZeRO-3 gather the vision tower as one unit: stage 1 reads its layers' weights outside their own forward."""
+    if not (training.deepspeed and training.z3_leaf_modules and training.hf_deepspeed_config.is_zero3()):
+        return
+    from deepspeed.utils import set_z3_leaf_modules
+
+    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+
+    if any(isinstance(module, CLIPVisionTower) for module in model.modules()):
+        set_z3_leaf_modules(model, [CLIPVisionTower])
+
+
+def fit(args: RunArguments, model: Any, tokenizer: Any, data: dict[str, Any], stop: StopSignal) -> bool:
+    """Train from the last complete checkpoint or from the start, and save the result.
+
+    Returns:
+        True when a signal stopped the run.
+    """
+    training = args.training
+    check_output(args, model, tokenizer)
+    trainer = make_trainer(args, model, tokenizer, data, stop)
+    resume = checkpoints.resolve_resume(training.output_dir, training.resume_from_checkpoint)
+    if resume is not None:
+        logger.info("resuming from %s", resume)
+        trainer.run_log.write("resume", {"checkpoint": str(resume)})
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.save_state()
+    stopped = trainer.stopper.stopped_at
+    report_bad_samples(data["train_dataset"].dataset)
+    if stopped is not None:
+        trainer.run_log.write("stopped", {"step": stopped, "reason": "SIGTERM"})
+        trainer.run_log.close()
+        if training.process_index == 0:
+            logger.warning(
+                "SIGTERM: saved %s/checkpoint-%d; the same command resumes from it", training.output_dir, stopped
+            )
+        return True
+    model.config.use_cache = True
+    try:
+        safe_save_model_for_hf_trainer(trainer, training.output_dir)
+    except Exception as err:
+        if not checkpoints.looks_like_write_failure(err):
+            raise
+        last = checkpoints.last_complete(training.output_dir)
+        raise checkpoints.CheckpointError(
+            f"training finished, but the model could not be written to {training.output_dir} ({err}). Nothing is lost: "
+            f"{last} is whole. Free some space and give the same command again"
+        ) from err
+    if training.process_index == 0:
+        checkpoints.write_json_atomically(
+            Path(training.output_dir) / checkpoints.RUN_MARKER,
+            {"step": trainer.state.global_step, "kind": trainer.save_kind()},
+        )
+    trainer.run_log.write("finished", {"step": trainer.state.global_step})
+    trainer.run_log.close()
+    return False
+
+
+def report_bad_samples(dataset: LazySupervisedDataset) -> None:
+    """Say at the end how many records were left out or replaced."""
+    bad = dataset.bad_sample_report()
+    if bad and runtime.is_rank0():
+        logger.warning(
+            "%d bad records were left out or replaced; they are listed in %s", len(bad), dataset.bad_samples.path
+        )
+
+
+def check_output(args: RunArguments, model: Any, tokenizer: Any) -> None:
+    """Write what is small before the first step, so that a folder or config that cannot be saved is found now.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    folder = Path(args.training.output_dir)
+    if args.training.process_index != 0:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
+    except OSError as err:
+        raise checkpoints.CheckpointError(f"--output_dir {folder} cannot be written: {err}") from err
+
+
+if __name__ == "__main__":
+    train()
