@@ -22,7 +22,8 @@ MMTAG = (
     "visual content will be provided with the following format: <Image>visual content</Image>."
 )
 LLAMA_2_START = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your"
+    "You are a helpful, respectful and honest assistant. "
+    "Always answer as helpfully as possible, while being safe.  Your"
 )
 LLAVA_LLAMA_2 = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -70,7 +71,9 @@ def test_all_names_are_there():
 
 def test_llama_2_system_text():
     prompt = filled("llama_2", "q", None).get_prompt()
-    assert prompt.startswith(f"[INST] <<SYS>>\n{LLAMA_2_START} answers should not include any harmful, unethical, racist")
+    assert prompt.startswith(
+        f"[INST] <<SYS>>\n{LLAMA_2_START} answers should not include any harmful, unethical, racist"
+    )
     assert "positive in nature.\n\nIf a question does not make any sense" in prompt
     assert prompt.endswith("please don't share false information.\n<</SYS>>\n\nq [/INST]")
 
@@ -159,7 +162,9 @@ def test_process_image_modes():
 
 def test_system_prompt_can_be_replaced():
     assert filled("v1", "q", None).with_system("Be brief.").get_prompt() == "Be brief. USER: q ASSISTANT:"
-    assert filled("mpt", "q").with_system("Be brief.").get_prompt().startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert (
+        filled("mpt", "q").with_system("Be brief.").get_prompt().startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    )
 
 
 def test_llama_2_starts_with_a_user():

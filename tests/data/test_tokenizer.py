@@ -20,7 +20,9 @@ from llava.tokenization import load_tokenizer
 FOLDERS = ["tokenizer", "tokenizer_legacy"]
 SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 TEXTS = st.lists(
-    st.sampled_from(["USER", "hello", " ", "  ", "\n", "</s>", "<s>", "é", "花", "😀", "a", ":", " two", "\t", "3", "▁"]),
+    st.sampled_from(
+        ["USER", "hello", " ", "  ", "\n", "</s>", "<s>", "é", "花", "😀", "a", ":", " two", "\t", "3", "▁"]
+    ),
     max_size=8,
 ).map("".join)
 
@@ -60,7 +62,9 @@ def test_ids_equal_the_slow_tokenizer(folder, text):
     assert tokenizer(folder)(text).input_ids == slow_ids(text, folder == "tokenizer_legacy")
 
 
-@pytest.mark.parametrize("case", golden_json("prompts.json")["cases"], ids=lambda case: f"{case['tokenizer']}-{case['name']}")
+@pytest.mark.parametrize(
+    "case", golden_json("prompts.json")["cases"], ids=lambda case: f"{case['tokenizer']}-{case['name']}"
+)
 def test_golden_prompt_ids(case):
     assert tokenizer_image_token(case["prompt"], tokenizer(case["tokenizer"])) == case["input_ids"]
 
