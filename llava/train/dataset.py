@@ -94,16 +94,17 @@ class LazySupervisedDataset(Dataset):
         """Words of every record: positive with images, negative without, never 0."""
         return [max(1, self._words(record)) * (1 if self._has_image(record) else -1) for record in self.list_data_dict]
 
-    def preflight(self, decode: bool = False, workers: int = 8) -> Report:
+    def preflight(self, images: bool = True, decode: bool = False, workers: int = 8) -> Report:
         """Look at every record before training starts; see ``llava.train.preflight.scan``."""
         return scan(
             self.list_data_dict,
             getattr(self.data_args, "image_folder", None) if self.multimodal else None,
             origins=self.origins,
             multimodal=self.multimodal,
+            images=images,
             decode=decode,
             workers=workers,
-            extra_check=self._check_length,
+            extra_check=self.check_length,
         )
 
     def drop(self, report: Report) -> None:
@@ -230,7 +231,7 @@ class LazySupervisedDataset(Dataset):
         per_image = getattr(self.data_args, "visual_tokens_per_image", None) or 1
         return len(input_ids) + int((input_ids == IMAGE_TOKEN_INDEX).sum()) * (per_image - 1)
 
-    def _check_length(self, record: Record) -> None:
+    def check_length(self, record: Record) -> None:
         """Refuse a record whose first turns do not fit; records that are short for sure are not tokenised."""
         per_image = getattr(self.data_args, "visual_tokens_per_image", None) or 1
         text = sum(len(turn["value"].encode("utf-8")) for turn in record["conversations"][:3])
