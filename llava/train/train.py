@@ -157,7 +157,7 @@ def check_data(args: RunArguments, dataset: LazySupervisedDataset) -> None:
             multimodal=dataset.multimodal,
             images=args.data.scan_images != "none",
             decode=args.data.scan_images == "decode",
-            extra_check=dataset._check_length,
+            extra_check=dataset.check_length,
         )
     box = [report]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
