@@ -38,6 +38,9 @@ def load_tokenizer(path: str, model_max_length: int | None = None, padding_side:
     if model_max_length is not None:
         kwargs["model_max_length"] = model_max_length
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side=padding_side, **kwargs)
+    if not isinstance(tokenizer, LlamaTokenizer) and _was_llama(path, kwargs):
+        # AutoTokenizer goes by the model type, and a llava-hf folder's is none of Llama's.
+        tokenizer = LlamaTokenizer.from_pretrained(path, padding_side=padding_side, **kwargs)
     if isinstance(tokenizer, LlamaTokenizer) and tokenizer.add_prefix_space is not False:
         legacy = kwargs.get("legacy")
         _use_slow_rules(tokenizer, _saved_legacy(path, kwargs) if legacy is None else bool(legacy))
@@ -60,6 +63,11 @@ def _use_slow_rules(tokenizer: Any, legacy: bool) -> None:
     )
     tokenizer.legacy = legacy
     tokenizer.init_kwargs["legacy"] = legacy
+
+
+def _was_llama(path: str, kwargs: dict[str, Any]) -> bool:
+    saved = _read_json(path, "tokenizer_config.json", kwargs)
+    return str(saved.get("tokenizer_class", "")).startswith("LlamaTokenizer")
 
 
 def _saved_legacy(path: str, kwargs: dict[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """LLaVA models."""
 
+import llava.model.family  # noqa: F401  registers the models with duet.attach
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.language_model.llava_mpt import LlavaMptConfig, LlavaMptForCausalLM

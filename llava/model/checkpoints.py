@@ -73,6 +73,19 @@ def to_hf_key(key: str) -> str:
     return "model.language_model." + key[len("model.") :]
 
 
+def to_hub_key(key: str) -> str:
+    """Name in llava-hf's hub files of a key that transformers 5 has in memory."""
+    for memory, hub in (
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+    ):
+        if key.startswith(memory):
+            return hub + key[len(memory) :]
+    return key
+
+
 def to_original_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a whole state dict to LLaVA's layout. Keys that already are stay as they are."""
     return {to_original_key(key): tensor for key, tensor in state.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from llava.model.checkpoints import HF_KEY_MAPPING, TOWER_PREFIX, report_mismatch
@@ -48,7 +48,9 @@ def make_config(config_class, raw: dict, kwargs: dict):
     return config
 
 
-def load_pretrained(cls, parent, path, *model_args, config=None, output_loading_info=False, **kwargs):
+def load_pretrained(
+    cls, parent, path, *model_args, config=None, output_loading_info=False, config_overrides=None, **kwargs
+):
     """`from_pretrained` for LLaVA classes; see `LlavaCausalLM.from_pretrained`.
 
     Args:
@@ -59,12 +61,13 @@ def load_pretrained(cls, parent, path, *model_args, config=None, output_loading_
         config: Config object of a multimodal model to put around a plain language model's weights. Then the
             projector may be missing, with a warning, because it comes from a file of its own.
         output_loading_info: Also return the host's report.
+        config_overrides: Config values that replace what the checkpoint says, before the model is built.
         **kwargs: Passed on.
     """
     if path is None:
         return parent(path, *model_args, config=config, output_loading_info=output_loading_info, **kwargs)
     path = str(path)
-    raw = read_config_dict(path, **kwargs)
+    raw = read_config_dict(path, **kwargs) | (config_overrides or {})
     rows = None
     if is_hf_llava(raw):
         if config is None:
@@ -83,8 +86,6 @@ def load_pretrained(cls, parent, path, *model_args, config=None, output_loading_
     if rows is not None and rows < model.config.vocab_size:
         model.resize_token_embeddings(rows)
         model.config.vocab_size = rows
-    from llava.model.language_model.causal_lm import clean_generation_config
-
     clean_generation_config(model.generation_config)
     return (model, info) if output_loading_info else model
 
@@ -115,3 +116,15 @@ def _finish_tower(model, info: dict) -> None:
     else:
         tower.mark_loaded()
     model.config.mm_vision_config = tower.config.to_diff_dict()
+
+
+def clean_generation_config(config: GenerationConfig | None) -> None:
+    """Drop sampling values that contradict greedy decoding.
+
+    Vicuna ships temperature and top_p next to do_sample=False, which `transformers` refuses to save.
+    """
+    if config is None or config.do_sample:
+        return
+    for name in ("temperature", "top_p", "top_k", "typical_p", "min_p"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)

@@ -9,14 +9,13 @@ import os
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from duet import causal_lm_loss, run_decoder
 from llava.model.checkpoints import TOWER_PREFIX, to_original_layout
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.model.loading import load_pretrained
+from llava.model.loading import clean_generation_config, load_pretrained
 from llava.model.splice import to_left_padding
 
 logger = logging.get_logger(__name__)
@@ -257,18 +256,6 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         tower = self.get_vision_tower()
         if tower is not None and kwargs.get("is_main_process", True) and os.path.isdir(save_directory):
             tower.image_processor.save_pretrained(save_directory)
-
-
-def clean_generation_config(config: GenerationConfig | None) -> None:
-    """Drop sampling values that contradict greedy decoding.
-
-    Vicuna ships temperature and top_p next to do_sample=False, which `transformers` refuses to save.
-    """
-    if config is None or config.do_sample:
-        return
-    for name in ("temperature", "top_p", "top_k", "typical_p", "min_p"):
-        if getattr(config, name, None) is not None:
-            setattr(config, name, None)
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -1,0 +1,197 @@
+"""Convert checkpoints between LLaVA's layout and llava-hf's, merge LoRA folders, and cut out projectors.
+
+    python -m llava.convert --from CHECKPOINT --to llava --out DIR
+    python -m llava.convert --from CHECKPOINT --to hf --out DIR
+    python -m llava.convert --from CHECKPOINT --extract-projector --out mm_projector.safetensors
+
+CHECKPOINT is anything that `load_pretrained_model` opens: a full model in either layout, or a LoRA or projector folder
+with `--base`. The weights are written in the dtype that they have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import torch
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, LlavaProcessor
+
+from llava.model.builder import load_pretrained_model
+from llava.model.checkpoints import projector_state, read_projector_file, to_hf_key, to_hub_key
+from llava.model.hf_layout import config_to_hf, drop_added_tokens, padded_vocabulary
+
+IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+# How the published llava-1.5 processors write a conversation; one <image> per picture, which the processor repeats.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
+    "{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def convert(source: str, target: str, out: str, base: str | None = None) -> None:
+    """Write a checkpoint in another layout.
+
+    Args:
+        source: Any checkpoint that `load_pretrained_model` opens.
+        target: "llava" or "hf".
+        out: Folder to write; must not hold a model yet.
+        base: Base model of a LoRA or projector folder.
+
+    Raises:
+        ValueError: The target folder is in use, or the model has no counterpart in the target layout.
+    """
+    if target not in ("llava", "hf"):
+        raise ValueError(f"unknown layout {target!r}; use 'llava' or 'hf'")
+    if os.path.exists(os.path.join(out, "config.json")):
+        raise ValueError(f"{out} already holds a model; give another folder")
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        source, base, os.path.basename(os.path.normpath(source)), device="cpu", torch_dtype="auto"
+    )
+    if image_processor is None:
+        raise ValueError(f"{source} is a plain language model; there is no vision part to convert")
+    if target == "hf":
+        write_hf(model, tokenizer, image_processor, out)
+        return
+    model.save_pretrained(out)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(out)
+    drop_added_tokens(out, model.config.vocab_size)
+
+
+def write_hf(model, tokenizer, image_processor, out: str) -> None:
+    """Write a model as a llava-hf folder, processor included.
+
+    Args:
+        model: One of our models.
+        tokenizer: Its tokenizer; `<image>` and `<pad>` are added to it.
+        image_processor: The tower's.
+        out: Folder.
+
+    Raises:
+        ValueError: The projector or tiling has no counterpart there.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    image_id, pad_id = vocabulary, vocabulary + 1
+    config = config_to_hf(model.config, image_id, pad_id, padded_vocabulary(vocabulary + 2))
+    state = hf_state(model.state_dict(), config.text_config.vocab_size)
+    with torch.device("meta"):
+        exported = LlavaForConditionalGeneration(config)
+    exported.load_state_dict(state, strict=False, assign=True)
+    _check_complete(exported, state)
+    exported.to(model.dtype)
+    exported.generation_config = model.generation_config
+    exported.generation_config.pad_token_id = pad_id
+    # The hub's names, which every version of transformers reads.
+    hub = {to_hub_key(key): tensor for key, tensor in exported.state_dict().items()}
+    exported.save_pretrained(out, state_dict=hub, save_original_format=False)
+    _write_processor(model.config, tokenizer, image_processor, (image_id, pad_id), out)
+
+
+def hf_state(state: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """Rename a state dict to llava-hf's names, and pad the vocabulary.
+
+    Args:
+        state: Our state dict.
+        rows: Embedding rows to reach; the new ones are the mean of the old ones.
+    """
+    renamed = {to_hf_key(key): tensor.contiguous() for key, tensor in state.items()}
+    for key in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        if key in renamed:
+            old = renamed[key]
+            mean = old.float().mean(dim=0, keepdim=True).to(old.dtype)
+            renamed[key] = torch.cat([old, mean.expand(rows - len(old), -1)])
+    return renamed
+
+
+def _check_complete(exported, state: dict[str, Tensor]) -> None:
+    expected = set(exported.state_dict())
+    tied = {"lm_head.weight"} if exported.config.tie_word_embeddings else set()
+    missing, unexpected = sorted(expected - set(state) - tied), sorted(set(state) - expected)
+    if missing or unexpected:
+        raise ValueError(f"this model does not fit llava-hf: missing {missing[:5]}, without a place {unexpected[:5]}")
+    exported.tie_weights()
+
+
+def _write_processor(config, tokenizer, image_processor: CLIPImageProcessorPil, ids: tuple[int, int], out: str) -> None:
+    added = {token: index for token, index in tokenizer.get_added_vocab().items() if index >= ids[0]}
+    if added and added != dict(zip((IMAGE_TOKEN, PAD_TOKEN), ids, strict=True)):
+        raise ValueError(
+            f"the tokenizer has tokens behind the vocabulary ({added}); llava-hf puts <image> and <pad> there"
+        )
+    # <image> first, <pad> second, as in the published models.
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    if tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, PAD_TOKEN]) != list(ids):
+        raise ValueError(f"the tokenizer has {len(tokenizer) - 2} tokens, the embedding {ids[0]} rows; they must agree")
+    tokenizer.padding_side = "left"
+    processor = LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=config.mm_vision_config.get("patch_size", 32),
+        vision_feature_select_strategy="full"
+        if getattr(config, "mm_vision_select_feature", None) == "cls_patch"
+        else "default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    processor.save_pretrained(out)
+
+
+def extract_projector(source: str, out: str) -> int:
+    """Write the projector of a checkpoint to a file of its own.
+
+    Args:
+        source: A folder with model weights, LoRA remains or a projector; or a file.
+        out: A .safetensors or .bin file. Keys are LLaVA's, `model.mm_projector.*`.
+
+    Returns:
+        How many tensors were written.
+
+    Raises:
+        FileNotFoundError: No weights at the source.
+        ValueError: No projector in them.
+    """
+    state = projector_state(read_projector_file(source), source)
+    named = {f"model.mm_projector.{key}": tensor.contiguous() for key, tensor in state.items()}
+    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    if out.endswith(".bin"):
+        torch.save(named, out)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(named, out, metadata={"format": "pt"})
+    return len(named)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m llava.convert", description="Convert LLaVA checkpoints.")
+    parser.add_argument("--from", dest="source", required=True, help="checkpoint folder, file or hub name")
+    parser.add_argument("--to", choices=("llava", "hf"), help="layout to write")
+    parser.add_argument("--out", required=True, help="folder (or file, with --extract-projector) to write")
+    parser.add_argument("--base", help="base model of a LoRA or projector folder")
+    parser.add_argument("--extract-projector", action="store_true", help="write the projector's weights only")
+    args = parser.parse_args(argv)
+    if args.extract_projector == (args.to is not None):
+        parser.error("give either --to or --extract-projector")
+    try:
+        if args.extract_projector:
+            count = extract_projector(args.source, args.out)
+            print(f"{count} projector tensors written to {args.out}")
+        else:
+            convert(args.source, args.to, args.out, args.base)
+            print(f"{args.source} written to {args.out} in the {args.to} layout")
+    except (OSError, ValueError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

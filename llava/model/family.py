@@ -1,0 +1,36 @@
+"""Tell `duet.attach` and `duet.detach` about LLaVA's own classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from duet.families import FAMILIES, Family, ModelFacts
+from llava.model.llava_arch import LlavaMetaForCausalLM
+
+
+class LlavaFamily(Family):
+    """LLaVA's own models. They read `config.duet` themselves, so nothing is put in front of them."""
+
+    mixin = None
+
+    def check(self, model: nn.Module) -> None:
+        """Accept models with a vision tower only.
+
+        Raises:
+            ValueError: Not a LLaVA model with its head, or one without a vision tower.
+        """
+        if not isinstance(model, LlavaMetaForCausalLM) or model.get_vision_tower() is None:
+            raise ValueError(
+                f"{type(model).__name__} has no vision tower to reduce; attach to the full LLaVA model, and call "
+                "initialize_vision_modules first if it was made from a plain language model"
+            )
+
+    def facts(self, model: Any) -> ModelFacts:
+        """Return patches, depth and class token of a model."""
+        return ModelFacts(model.get_vision_tower().num_patches, model.config.num_hidden_layers, class_token=True)
+
+
+for _model_type in ("llava_llama", "llava_mistral"):
+    FAMILIES.register(_model_type)(LlavaFamily())
