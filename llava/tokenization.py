@@ -90,7 +90,7 @@ def _read_json(path: str, name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Read one file of a model folder or hub repository; an absent file gives an empty dict."""
     local = os.path.join(path, name)
     if not os.path.isdir(path):
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         known = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
         options = {key: kwargs[key] for key in known if key in kwargs}

@@ -63,6 +63,7 @@ def disable_torch_init() -> None:
     It used to replace ``reset_parameters`` of torch's layer classes to load faster. ``transformers`` builds models
     without initialising them since then, and changing torch's classes would reach every other model in the process.
     """
+    logging.getLogger(__name__).debug("disable_torch_init has no effect: models load without initialisation")
 
 
 def violates_moderation(text: str) -> bool:

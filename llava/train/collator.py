@@ -67,13 +67,12 @@ class DataCollatorForSupervisedDataset:
         images: list[torch.Tensor] = []
         sizes: list[tuple[int, int]] = []
         for position, (row, instance) in enumerate(zip(ids, instances, strict=True)):
-            own = instance.get("image")
-            own = own if isinstance(own, list) else [own]
+            given = instance.get("image")
+            own: list[torch.Tensor] = [] if given is None else given if isinstance(given, list) else [given]
             slots = int((row == IMAGE_TOKEN_INDEX).sum())
-            if own == [None] or len(own) != max(1, slots):
-                have = 0 if own == [None] else len(own)
+            if len(own) != max(1, slots):
                 raise ValueError(
-                    f"sample {position} of the batch has {have} images for {slots} image slots; "
+                    f"sample {position} of the batch has {len(own)} images for {slots} image slots; "
                     "a sample needs one image for each slot, and one zero image when it has no slot"
                 )
             images += own
