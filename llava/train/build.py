@@ -87,7 +87,7 @@ def set_up_tokenizer(args: RunArguments, model: Any) -> Any:
         known = version if version in templates else "vicuna_v1"
         if known != version:
             logger.warning("--version %s is not a known template: using vicuna_v1", version)
-        conversation_lib.default_conversation = templates[known]
+        conversation_lib.set_default_conversation(known)
         model.config.conv_version = known
     return tokenizer
 
