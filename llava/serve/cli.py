@@ -1,0 +1,121 @@
+"""Talk with a model about pictures in the terminal; answers stream.
+
+    python -m llava.serve.cli --model-path MODEL --image-file picture.jpg
+
+Questions are read line by line; an empty line or the end of the input ends the talk. With a pipe as input nothing but
+the answers is written to the standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+
+from transformers import TextStreamer
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import conv_templates
+from llava.eval.run_llava import (
+    add_model_arguments,
+    answer,
+    choose_template,
+    generation_options,
+    image_parser,
+    load_images,
+    move_pixels,
+    place_images,
+)
+from llava.mm_utils import get_model_name_from_path, process_images
+from llava.model.builder import load_pretrained_model
+from llava.reduction import ReductionArguments
+
+
+def questions(role: str) -> Iterator[str]:
+    """Yield questions from the standard input until an empty line or its end; a terminal is shown the role."""
+    while True:
+        if sys.stdin.isatty():
+            print(f"{role}: ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line.strip():
+            return
+        yield line.strip()
+
+
+def describe_reduction(model) -> str:
+    """Say in one line what reaches the language model."""
+    patches, depth = model.get_vision_tower().num_patches, model.config.num_hidden_layers
+    reduction = model.reduction
+    if reduction is None:
+        return f"no token reduction: {patches} visual tokens per picture in every layer"
+    return (
+        f"DUET: {patches} patches -> {reduction.entering_tokens(patches)} visual tokens per picture, "
+        f"{reduction.average_tokens(patches, depth):g} on average over {depth} layers"
+    )
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Load the model and talk until the input ends.
+
+    Raises:
+        ValueError: A picture cannot be opened, or the model cannot take pictures.
+    """
+    model_name = get_model_name_from_path(args.model_path)
+    images = load_images(image_parser(args))
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        args.model_path,
+        args.model_base,
+        model_name,
+        args.load_8bit,
+        args.load_4bit,
+        device=args.device,
+        duet_config=ReductionArguments.from_namespace(args),
+    )
+    if image_processor is None:
+        raise ValueError(f"{args.model_path} is a plain language model; it cannot look at pictures")
+    print(describe_reduction(model), file=sys.stderr)
+    conversation = conv_templates[choose_template(model_name, model.config, args.conv_mode)].copy()
+    pixels = move_pixels(process_images(images, image_processor, model.config), model)
+    options = generation_options(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
+    # Beam search cannot stream: it knows its answer only at the end.
+    streams = args.num_beams == 1
+    user, assistant = conversation.roles
+    first = True
+    for question in questions(user or "USER"):
+        # A typed mark would ask for a picture that is not there.
+        question = question.replace(DEFAULT_IMAGE_TOKEN, "")
+        conversation.append_message(user, place_images(question, len(images), model.config) if first else question)
+        conversation.append_message(assistant, None)
+        first = False
+        if sys.stdin.isatty():
+            print(f"{assistant}: ", end="", flush=True)
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
+        text = answer(model, tokenizer, conversation, pixels, [i.size for i in images], streamer, **options)
+        if not streams:
+            print(text)
+        if args.debug:
+            print({"prompt": conversation.get_prompt(), "outputs": text}, file=sys.stderr)
+        # The stored turn is what the next prompt repeats.
+        conversation.messages[-1][-1] = text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m llava.serve.cli", description="Talk about pictures.")
+    add_model_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="also show prompts on the standard error")
+    args = parser.parse_args(argv)
+    try:
+        chat(args)
+    except (OSError, ValueError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    raise SystemExit(main())
