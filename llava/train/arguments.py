@@ -138,6 +138,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self._check()
         self.log_to_wandb = self._take_wandb()
         self._downgrade_tf32()
+        self._use_current_checkpointing_names()
         if self.deepspeed:
             runtime.require_deepspeed()
         if not runtime.has_accelerator():
@@ -177,6 +178,17 @@ class TrainingArguments(transformers.TrainingArguments):
         if torch.version.hip is not None or not is_torch_tf32_available():
             logger.warning("--tf32 True: this machine has no tf32; continuing without it")
             self.tf32 = None
+
+    def _use_current_checkpointing_names(self) -> None:
+        """Newer `transformers` call gradient checkpointing activation checkpointing, and warn about the old name."""
+        options = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        if not self.gradient_checkpointing:
+            return
+        if hasattr(self, "activation_checkpointing"):
+            self.activation_checkpointing = True
+            self.activation_checkpointing_kwargs = self.activation_checkpointing_kwargs or options
+        else:
+            self.gradient_checkpointing_kwargs = options
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from llava.train.optim import frozen_digest
+from llava.train.optim import frozen_digest, learning_rates
 from llava.train.run_log import RunLog
 
 logger = logging.getLogger(__name__)
@@ -73,14 +73,18 @@ class StopCallback(TrainerCallback):
 class LogCallback(TrainerCallback):
     """Writes what the Trainer logs to the run's log, and counts steps."""
 
-    def __init__(self, run_log: RunLog, meter: Any, raise_on_nan_grad: bool = False) -> None:
+    def __init__(self, trainer: Any, run_log: RunLog, raise_on_nan_grad: bool = False) -> None:
+        self.trainer = trainer
         self.run_log = run_log
-        self.meter = meter
         self.raise_on_nan_grad = raise_on_nan_grad
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Remember the rates of this step, before the scheduler changes them."""
+        self.trainer.rates = learning_rates(optimizer.param_groups)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step."""
-        self.meter.count_step()
+        self.trainer.meter.count_step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write one line of figures.

@@ -18,7 +18,7 @@ from llava.model.checkpoints import load_partial, read_tensors, to_own_key, weig
 from llava.train import checkpoints
 from llava.train.lora import get_mm_adapter_state_maybe_zero_3, load_adapter, maybe_zero_3
 from llava.train.meter import StepMeter
-from llava.train.optim import learning_rates, parameter_groups, part_of
+from llava.train.optim import parameter_groups, part_of
 from llava.train.run_log import RunLog, draw_kept_tokens
 from llava.train.sampler import (
     LengthGroupedSampler,
@@ -63,7 +63,7 @@ class LLaVATrainer(Trainer):
         self.image_processor = image_processor
         self.meter = StepMeter()
         self.meter.watch_model(self.model)
-        self.stopped_by_signal = False
+        self.rates: dict[str, float] = {}
 
     # ---- order of the data and groups of the optimizer
 
@@ -183,10 +183,8 @@ class LLaVATrainer(Trainer):
             rows = self.accelerator.gather(row.to(self.args.device).float().unsqueeze(0)).double().cpu()
             logs |= {name: round(value, 6) for name, value in self.meter.summary(rows).items()}
             self.meter.reset()
-        if "loss" in logs and self.optimizer is not None:
-            rates = learning_rates(self.optimizer.param_groups)
-            # Only one rate is named `learning_rate`; the projector's own rate has to be visible next to it.
-            logs |= {name: rate for name, rate in rates.items() if name != "lr"}
+            # The Trainer logs one rate; the projector's own has to be visible next to it.
+            logs |= {name: rate for name, rate in self.rates.items() if name != "lr"}
         super().log(logs, start_time)
 
     # ---- saving

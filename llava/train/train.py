@@ -65,6 +65,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+LABEL_CHECKS = 20_000
+"""How many records are tokenised before the first step."""
+
 
 def train(attn_implementation: str | None = None) -> None:
     """Train as the command line says (LLaVA's entry point).
@@ -159,6 +162,7 @@ def check_data(args: RunArguments, dataset: LazySupervisedDataset) -> None:
             decode=args.data.scan_images == "decode",
             extra_check=dataset.check_length,
         )
+        check_labels(dataset, report)
     box = [report]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(box, src=0)
@@ -178,6 +182,25 @@ def check_data(args: RunArguments, dataset: LazySupervisedDataset) -> None:
     if runtime.is_rank0():
         logger.warning("left out bad records: %s", report.summary())
     dataset.drop(report)
+
+
+def check_labels(dataset: LazySupervisedDataset, report: Any) -> None:
+    """Tokenise records and add those that teach nothing to the report.
+
+    Up to `LABEL_CHECKS` records are tokenised, evenly spread over a larger set, where all of them would take minutes.
+    """
+    from llava.train.records import BadSampleError
+
+    bad = set(report.positions)
+    good = [index for index in range(len(dataset)) if index not in bad]
+    step = max(1, -(-len(good) // LABEL_CHECKS))
+    for index in good[::step]:
+        record = dataset.list_data_dict[index]
+        try:
+            dataset.encode(record)
+        except BadSampleError as err:
+            report.bad.append(err.at(dataset.origins[index], record))
+            report.positions.append(index)
 
 
 def make_trainer(
@@ -206,7 +229,7 @@ def make_trainer(
         stopper,
         EpochCallback(),
         FrozenCallback(model),
-        LogCallback(run_log, trainer.meter, training.raise_on_nan_grad),
+        LogCallback(trainer, run_log, training.raise_on_nan_grad),
     ):
         trainer.add_callback(callback)
     trainer.stopper = stopper

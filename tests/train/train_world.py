@@ -101,7 +101,11 @@ def environment(**extra: str) -> dict[str, str]:
     """Environment of a subprocess: this checkout first, one thread, no launcher variables."""
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {key: value for key, value in os.environ.items() if key not in dropped}
-    return env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WANDB_MODE": "offline"} | extra
+    return (
+        env
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WANDB_MODE": "offline"}
+        | extra
+    )
 
 
 def spawn(arguments: list[str], **extra: str) -> subprocess.Popen:
@@ -110,3 +114,31 @@ def spawn(arguments: list[str], **extra: str) -> subprocess.Popen:
     return subprocess.Popen(
         command, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
     )
+
+
+def build_base(folder: Path, layers: int = 4) -> dict[str, Path]:
+    """Write a language model and a tower that are smaller than the golden ones, to be put together by a run.
+
+    Returns:
+        `model` and `tower` folders.
+    """
+    import shutil
+
+    import torch
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tower, model = folder / "clip", folder / "llm"
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=84, patch_size=14
+    )
+    CLIPVisionModel(vision).save_pretrained(tower)
+    size = {"height": 84, "width": 84}
+    CLIPImageProcessorPil(size={"shortest_edge": 84}, crop_size=size).save_pretrained(tower)
+    text = LlamaConfig(
+        vocab_size=2000, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4
+    )
+    LlamaForCausalLM(text).save_pretrained(model)
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(GOLDEN / "tokenizer" / name, model / name)
+    return {"model": model, "tower": tower}
