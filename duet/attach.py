@@ -55,8 +55,9 @@ class Handle:
 def attach(model: nn.Module, config: DuetConfig | None = None) -> Handle:
     """Reduce visual tokens in one model instance.
 
-    Nothing but this instance changes: its class becomes a subclass of its own class, and ``config.duet`` is set, so that
-    ``save_pretrained`` stores the configuration with the weights. Parameters and ``state_dict`` keys stay as they are.
+    Nothing but this instance changes: its class becomes a subclass of its own class, and ``config.duet`` is set, so
+    that ``save_pretrained`` stores the configuration with the weights. Parameters and ``state_dict`` keys
+    stay as they are.
 
     Args:
         model: a Hugging Face vision-language model of a supported family (a PEFT model's base is used).

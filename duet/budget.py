@@ -2,7 +2,7 @@
 
 Only counts enter here, never tensors, so that a plan can be printed before any weight is loaded.
 ``schedule`` maps a number of decoder layers to a keep ratio: after that many layers have run,
-``floor(ratio * entering)`` visual tokens stay. Ratios are relative to what entered layer 1 (DUET Sec. 3.2, Table 12-14).
+``floor(ratio * entering)`` visual tokens stay. Ratios are relative to what entered layer 1 (DUET-VLM Table 12-14).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def causal_lm_loss(
         num_items_in_batch: divide the sum by this number instead of by the number of labels here.
 
     Returns:
-        A scalar. Without any label it is zero and still connected to ``hidden``, so that no rank skips its backward pass.
+        A scalar. Without any label it is zero and still connected to ``hidden``, so that no rank skips its backward.
     """
     targets = labels_BL[:, 1:]
     supervised = targets != IGNORE_INDEX

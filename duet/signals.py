@@ -4,7 +4,8 @@ A row of attention is one query against all keys. A column mass, how much attent
 blocks of queries, so memory is O(block * N), never N * N, and the layer itself keeps SDPA or FlashAttention.
 Scores and softmax are in fp32.
 
-Shapes: B batch, H heads, M tower tokens (class token included), N patches, R rows, L sequence, T text tokens, d head width.
+Shapes: B batch, H heads, M tower tokens (with the class token), N patches, R rows, L sequence, T text tokens, d head
+width.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ class DecoderSignals:
     def received_among(self, index_BT: Tensor, counted_BT: Tensor) -> Tensor:
         """Return the attention that text tokens receive from later text tokens, per reader, averaged over heads.
 
-        Keys are the chosen tokens only, a token's attention to itself is left out, and each sum is divided by its number
-        of readers, because causal columns have unequal numbers of them. Shapes: positions [B, T] in ascending
+        Keys are the chosen tokens only, a token's attention to itself is left out, and each sum is divided by its
+        number of readers, because causal columns have unequal numbers of them. Shapes: positions [B, T] in ascending
         order, counted [B, T] bool; returns [B, T], zero where there is no reader. Source: DUET-VLM App. B.
         """
         width = self._keys.shape[-1]

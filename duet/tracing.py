@@ -1,6 +1,6 @@
 """What happened to every patch, and how many tokens every layer saw.
 
-``with duet.trace() as t`` records whatever runs inside the block, in this thread or task only; nothing is stored on a model.
+``with duet.trace() as t`` records what runs inside the block, in this thread or task only; no model stores it.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Family(ABC):
     """How DUET enters one kind of model."""
 
     mixin: type | None = None
-    """Class that is put in front of the model's own class while DUET is attached; None if the model reduces by itself."""
+    """Class put in front of the model's own class while DUET is attached; None if the model reduces by itself."""
 
     @abstractmethod
     def facts(self, model: Any) -> ModelFacts:
@@ -42,6 +42,7 @@ class Family(ABC):
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError if this particular model cannot be reduced."""
+        del model
 
 
 FAMILIES: Registry[Family] = Registry("model family", "duet.families")

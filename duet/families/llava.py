@@ -38,7 +38,8 @@ class ReducedLlava:
     Modifications:
         forward: the vision tower stops early and is reduced (stage 1), placeholders shrink to match, the decoder drops
             visual tokens between layers (stage 2), labels shrink in lockstep. Logits have the reduced length.
-        generate: remembers the prompt length, so that generated tokens never rank, with or without a cache.
+        generate: remembers the prompt length, so that generated tokens never rank, with or without a cache; beams of a
+            sample with several images keep them in order.
     """
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any):
@@ -47,6 +48,19 @@ class ReducedLlava:
         if ids is not None and kwargs.get("past_key_values") is None:
             kwargs.setdefault("prompt_length", ids.shape[1])
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ):
+        pixels, model = kwargs.pop("pixel_values", None), self
+        if pixels is not None and expand_size > 1:
+            ids_or_embeds = kwargs["inputs_embeds"] if input_ids is None else input_ids
+            owner = _image_owners(_placeholders(model, ids_or_embeds), len(pixels))
+            pixels = torch.cat([pixels[owner == row].repeat(expand_size, 1, 1, 1) for row in owner.unique()])
+        ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return ids, kwargs if pixels is None else kwargs | {"pixel_values": pixels}
 
     def forward(
         self,
@@ -92,7 +106,9 @@ class ReducedLlava:
                 model, pixel_values, vision_feature_layer, vision_feature_select_strategy, config
             )
             ids_or_embeds = input_ids if input_ids is not None else prompt.inputs_embeds
-            prompt = _insert_images(model, prompt, _placeholders(model, ids_or_embeds), features, prompt_length)
+            strategy = vision_feature_select_strategy or model.config.vision_feature_select_strategy
+            expected = model._duet.facts.patches + int(strategy == "full" and model._duet.facts.class_token)
+            prompt = _insert_images(prompt, _placeholders(model, ids_or_embeds), features, expected, prompt_length)
         decoder = model.model.language_model
         if use_cache is None:
             use_cache = bool(model.config.text_config.use_cache) and not _checkpoints(decoder)
@@ -158,15 +174,15 @@ def _placeholders(model: Any, ids_or_embeds: Tensor) -> Tensor:
     return (ids_or_embeds == wanted).all(-1)
 
 
-def _insert_images(model: Any, prompt: Prompt, marks: Tensor, features: Tensor, prompt_length: int | None) -> Prompt:
-    """Shrink every run of placeholders to K and fill in the features."""
+def _insert_images(prompt: Prompt, marks: Tensor, features: Tensor, expected: int, prompt_length: int | None) -> Prompt:
+    """Shrink the ``expected`` placeholders of every image to K and fill in the features."""
     images, kept, _ = features.shape
-    per_image = _placeholders_per_image(marks, images)
+    _check_placeholders(marks, images, expected)
     batch, length = marks.shape
     if prompt_length is not None and prompt_length < length:
         prompt.answer_mask = (torch.arange(length, device=marks.device) >= prompt_length).expand(batch, -1)
-    if per_image != kept:
-        prompt, marks = _shrink(prompt, marks, per_image, kept)
+    if expected != kept:
+        prompt, marks = _shrink(prompt, marks, expected, kept)
     embeds = prompt.inputs_embeds
     flat = features.flatten(0, 1).to(embeds.device, embeds.dtype)
     prompt.inputs_embeds = embeds.masked_scatter(marks.unsqueeze(-1), flat)
@@ -174,20 +190,21 @@ def _insert_images(model: Any, prompt: Prompt, marks: Tensor, features: Tensor, 
     return prompt
 
 
-def _placeholders_per_image(marks: Tensor, images: int) -> int:
-    """Return how many placeholders stand for one image.
+def _image_owners(marks: Tensor, images: int) -> Tensor:
+    """Return the sample that each image belongs to. Shapes: marks [B, L]; returns [I]."""
+    per_image = max(1, int(marks.sum()) // images)
+    rows = torch.arange(len(marks), device=marks.device)
+    return rows.repeat_interleave(marks.sum(1) // per_image)
 
-    Raises:
-        ValueError: they cannot be divided among the images, or one sample ends within an image.
-    """
+
+def _check_placeholders(marks: Tensor, images: int, expected: int) -> None:
+    """Raise ValueError unless every sample holds whole images and all images have their placeholders."""
     counts = marks.sum(1).tolist()
-    total = sum(counts)
-    if total == 0 or total % images or any(count % (total // images) for count in counts):
+    if sum(counts) != images * expected or any(count % expected for count in counts):
         raise ValueError(
-            f"{images} image(s) were given, but the samples hold {counts} image placeholder tokens; every image needs the "
-            "same number of placeholders (the processor writes them), all of one image in one sample"
+            f"{images} image(s) were given, but the samples hold {counts} image placeholder tokens; every image needs "
+            f"{expected} of them in one sample (the processor writes them), before DUET shrinks them"
         )
-    return total // images
 
 
 def _shrink(prompt: Prompt, marks: Tensor, per_image: int, kept: int) -> tuple[Prompt, Tensor]:
@@ -196,7 +213,6 @@ def _shrink(prompt: Prompt, marks: Tensor, per_image: int, kept: int) -> tuple[P
         raise ValueError(
             f"stage 1 gives {kept} tokens per image, but a prompt has only {per_image} placeholders for each"
         )
-    batch, length = marks.shape
     mask = prompt.attention_mask
     valid = torch.ones_like(marks) if mask is None else mask.bool()
     keep = (~marks | ((marks.cumsum(1) - 1) % per_image < kept)) & valid

@@ -61,8 +61,8 @@ def _attended_neighbours(tower: TowerOutput, dominant: Tensor, centroids: Tensor
 def released_clusters(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     """The released code: class-token attention ranks, every ``w``-th of the next ``w * k2`` patches is an anchor.
 
-    The rest of that pool joins the anchor with the most similar key; a token is its anchor plus the mean of those (a sum,
-    so its norm is about doubled). The class token is one of ``k1``. Patches outside the pool are dropped.
+    The rest of that pool joins the anchor with the most similar key; a token is its anchor plus the mean of those (a
+    sum, so its norm is about doubled). The class token is one of ``k1``. Patches outside the pool are dropped.
     """
     score = class_attention(tower)
     with_class = int(tower.class_token)
@@ -83,8 +83,8 @@ def class_attention(tower: TowerOutput) -> Tensor:
 def merge_into_anchors(tower: TowerOutput, dominant: Tensor, pool: Tensor, contextual: int) -> VisionReduction:
     """Keep ``dominant`` patches, and merge ``pool`` into anchors that are spaced evenly in it.
 
-    Shapes: dominant [B, K1] and pool [B, P] patch indices, the pool in the order that anchors are spaced in; returns the class
-    token if there is one, dominant patches in raster order, then anchors in pool order.
+    Shapes: dominant [B, K1] and pool [B, P] patch indices, the pool in the order that anchors are spaced in; returns
+    the class token if there is one, dominant patches in raster order, then anchors in pool order.
     """
     patches, first = tower.patches, int(tower.class_token)
     batch, size = pool.shape

@@ -30,7 +30,7 @@ def text_guided(layer: nn.Module, state: TokenState, rotary: tuple[Tensor, Tenso
         rotary: (cos, sin) of the current positions.
         config: chooses the rows.
 
-    Shapes: returns [B, L] in fp32, averaged over heads and rows. Source: DUET-VLM Sec. 3.2, Eq. (3); ranking is detached.
+    Shapes: returns [B, L] in fp32, averaged over heads and rows; ranking is detached. Source: DUET-VLM Sec. 3.2.
     """
     signals = DecoderSignals(layer, state.hidden.detach(), rotary, state.valid)
     rows, counted = marked_indices(state.queries)

@@ -35,8 +35,9 @@ def build():
     text = json.loads((GOLDEN / "llava_tiny" / "config.json").read_text())
     vision = json.loads((GOLDEN / "clip_tiny" / "config.json").read_text())
     keep = (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
-        "rms_norm_eps", "max_position_embeddings", "rope_theta", "hidden_act", "bos_token_id", "eos_token_id",
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "vocab_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "hidden_act", "bos_token_id",
+        "eos_token_id",
     )  # fmt: skip
     config = LlavaConfig(
         text_config=LlamaConfig(**{key: text[key] for key in keep if key in text}, pad_token_id=0),

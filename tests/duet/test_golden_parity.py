@@ -141,9 +141,8 @@ def test_released_duet(model, name, image, layers, stage1, mode):
 def test_eval_batch(model, name, config):
     tensors, info = case(name)
     inputs = batch_of(tensors, info["images"])
-    with duet.attach(model, config), torch.no_grad():
-        with duet.trace() as record:
-            out = model(**inputs)
+    with duet.attach(model, config), torch.no_grad(), duet.trace() as record:
+        out = model(**inputs)
     for index, image in enumerate(record.images):
         check_kept(image, tensors, f"s{index}.")
     for row, length in enumerate(tensors["valid_len"].tolist()):
