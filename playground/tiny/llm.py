@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from playground.tiny.parallel import Clock, average_gradients, rank, world
 from playground.tiny.questions import CHANCE, KINDS, ask, caption, text_turn
 from playground.tiny.scenes import PlacedDigit, make_scene
 from playground.tiny.tokenizer import SYSTEM_PROMPT, build_tokenizer
@@ -39,13 +40,13 @@ class LlmRecipe:
     width: int = 128
     intermediate: int = 384
     heads: int = 4
-    scenes: int = 9000
+    scenes: int = 5000
     batch: int = 40
     learning_rate: float = 1.5e-3
     minutes: float = 30.0
     questions: int = 8
     # (share of the time at which a phase ends, visual tokens, samples per batch as a share of `batch`)
-    phases: tuple[tuple[float, int, float], ...] = ((0.65, 96, 1.0), (0.85, 240, 0.6), (1.0, 576, 0.4))
+    phases: tuple[tuple[float, int, float], ...] = ((0.65, 64, 1.0), (0.85, 200, 0.6), (2.0, 576, 0.4))
     mix: dict[str, float] = field(
         default_factory=lambda: {
             "exists": 2.0,
@@ -315,8 +316,8 @@ def train_llm(out: str, tower_path: str, recipe: LlmRecipe, state_path: str) -> 
     writer = Writer(tokenizer)
     tower = CLIPVisionModel.from_pretrained(tower_path, dtype=torch.float32)
     begin = time.time()
-    held = build_bank(tower, "heldout", BACKBONE_SEED, 120)
-    bank = build_bank(tower, "train", BACKBONE_SEED + 1, recipe.scenes)
+    held = build_bank(tower, "heldout", BACKBONE_SEED, 120 if rank() == 0 else 1)
+    bank = build_bank(tower, "train", BACKBONE_SEED + 1 + rank(), recipe.scenes // world())
     logger.info("llm: features of %d scenes in %.0f s", recipe.scenes, time.time() - begin)
     reader = Reader(LlamaForCausalLM(llm_config(recipe, len(tokenizer))), tower.config.hidden_size)
     groups = [
@@ -324,40 +325,45 @@ def train_llm(out: str, tower_path: str, recipe: LlmRecipe, state_path: str) -> 
         {"params": [p for p in reader.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
-    step, spent = 0, 0.0
+    step, clock = 0, Clock(0.0)
     if os.path.exists(state_path):
         state = torch.load(state_path, weights_only=True)
         reader.load_state_dict(state["reader"])
         optimizer.load_state_dict(state["optimizer"])
-        step, spent = state["step"], state["spent"]
-    rng, generator = np.random.default_rng([BACKBONE_SEED, step]), torch.Generator().manual_seed(step)
-    begin, budget, last_save, running = time.time() - spent, recipe.minutes * 60, time.time(), 0.0
-    while (spent := time.time() - begin) < budget:
-        progress = spent / budget
+        step, clock = state["step"], Clock(state["spent"])
+    rng = np.random.default_rng([BACKBONE_SEED, step, rank()])
+    generator = torch.Generator().manual_seed(step * world() + rank())
+    budget, last_save, running = recipe.minutes * 60, clock.spent, 0.0
+    while clock.spent < budget:
+        progress = clock.spent / budget
         rate = min(1.0, (step + 1) / 150) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * rate
         tokens, size = phase_at(recipe, progress)
-        samples, scenes = draw_batch(writer, bank, rng, recipe, size)
+        reader.llm.set_attn_implementation("eager" if tokens < 300 else "sdpa")
+        samples, scenes = draw_batch(writer, bank, rng, recipe, max(1, size // world()))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits, labels = reader(samples, pick_tokens(bank, scenes, tokens, generator))
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(reader.parameters(), clock)
         torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         optimizer.step()
         running = loss.item() if step == 0 else 0.95 * running + 0.05 * loss.item()
         step += 1
-        if step % 25 == 0:
-            logger.info("llm %d %.0fs tokens %d loss %.3f", step, spent, tokens, running)
-        if time.time() - last_save > 150:
-            logger.info("llm %d held-out %s", step, _short(evaluate_reader(reader, writer, held, tokens, 60)))
-            save_state(state_path, reader, optimizer, step, time.time() - begin)
-            last_save = time.time()
-    save_state(state_path, reader, optimizer, step, spent)
-    result = evaluate_reader(reader, writer, held, 576, 120)
-    logger.info("llm done after %d steps, %.0f s, held-out at 576 tokens %s", step, spent, _short(result))
-    write_llm(out, reader, tokenizer, {"steps": step, "seconds": round(spent), "heldout": result, "chance": CHANCE})
+        if rank() == 0 and step % 25 == 0:
+            logger.info("llm %d %.0fs tokens %d loss %.3f", step, clock.spent, tokens, running)
+        if rank() == 0 and clock.spent - last_save > 180:
+            save_state(state_path, reader, optimizer, step, clock.spent)
+            logger.info("llm %d held-out %s", step, _short(evaluate_reader(reader, writer, held, tokens, 40)))
+            last_save = clock.spent
+    if rank() == 0:
+        save_state(state_path, reader, optimizer, step, clock.spent)
+        result = evaluate_reader(reader, writer, held, 576, 120)
+        logger.info("llm done after %d steps, %.0f s, held-out at 576 tokens %s", step, clock.spent, _short(result))
+        record = {"steps": step, "seconds": round(clock.spent), "heldout": result, "chance": CHANCE}
+        write_llm(out, reader, tokenizer, record)
 
 
 def write_llm(out: str, reader: Reader, tokenizer: PreTrainedTokenizerBase, record: dict) -> None:

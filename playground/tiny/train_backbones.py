@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 
+from playground.tiny.llm import LlmRecipe, train_llm
 from playground.tiny.parallel import barrier, launch
 from playground.tiny.tower import TowerRecipe, train_tower
 
@@ -21,6 +22,11 @@ def train(args: argparse.Namespace) -> None:
         recipe = TowerRecipe(minutes=args.tower_minutes)
         train_tower(os.path.join(args.out, "clip"), recipe, os.path.join(args.work, "tower.pt"))
         barrier()
+    if args.only != "tower":
+        tower = os.path.join(args.out, "clip")
+        train_llm(
+            os.path.join(args.out, "llm"), tower, LlmRecipe(minutes=args.llm_minutes), os.path.join(args.work, "llm.pt")
+        )
 
 
 def main() -> None:
@@ -30,6 +36,7 @@ def main() -> None:
     parser.add_argument("--work", default="playground/tiny/runs/backbones", help="resumable state and the log")
     parser.add_argument("--only", choices=("tower", "llm"))
     parser.add_argument("--tower-minutes", type=float, default=TowerRecipe.minutes)
+    parser.add_argument("--llm-minutes", type=float, default=LlmRecipe.minutes)
     parser.add_argument("--ranks", type=int, default=2, help="processes with one thread each")
     args = parser.parse_args()
     os.makedirs(args.work, exist_ok=True)
