@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,8 @@ class DuetCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the samples for beam search. Shapes: beam_idx [B]."""
-        for layer in self.layers:
+        layers: Any = self.layers
+        for layer in layers:
             if layer.keys is not None:
                 layer.keys = layer.keys.index_select(0, beam_idx.to(layer.keys.device))
                 layer.values = layer.values.index_select(0, beam_idx.to(layer.values.device))

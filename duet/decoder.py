@@ -174,17 +174,16 @@ def _masks(decoder, hidden, attention_mask, cache, position_ids, layer: int) -> 
     needed = {_layer_type(decoder.config, index) for index in range(len(decoder.layers))}
     if needed - set(makers):
         raise ValueError(f"attention types {sorted(needed - set(makers))} are not supported; known: {sorted(makers)}")
-    return {
-        kind: makers[kind](
-            config=decoder.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=position_ids,
-            **({} if cache is None else {"layer_idx": layer}),
-        )
-        for kind in needed
+    arguments: dict[str, Any] = {
+        "config": decoder.config,
+        "inputs_embeds": hidden,
+        "attention_mask": attention_mask,
+        "past_key_values": cache,
+        "position_ids": position_ids,
     }
+    if cache is not None:
+        arguments["layer_idx"] = layer
+    return {kind: makers[kind](**arguments) for kind in needed}
 
 
 def _fresh_cache(decoder: nn.Module, given: Cache | None) -> DuetCache:

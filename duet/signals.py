@@ -11,9 +11,10 @@ width.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 23  # scores held at once (fp32: 32 MiB); large enough to keep two cores or a GPU busy
 
@@ -32,10 +33,10 @@ class TowerSignals:
         class_token: whether token 0 is a class token.
     """
 
-    def __init__(self, hidden_BMD: Tensor, attention: nn.Module, class_token: bool) -> None:
+    def __init__(self, hidden_BMD: Tensor, attention: Any, class_token: bool) -> None:
         self._hidden = hidden_BMD
         self._attention = attention
-        self._heads = int(attention.num_heads)  # type: ignore[arg-type]
+        self._heads = int(attention.num_heads)
         self.class_token = class_token
 
     def _split(self, x: Tensor) -> Tensor:
@@ -117,14 +118,14 @@ class DecoderSignals:
         valid_BL: [B, L] bool, or None when nothing is padding.
     """
 
-    def __init__(self, layer: nn.Module, hidden_BLD: Tensor, rotary: tuple[Tensor, Tensor], valid_BL: Tensor | None):
-        self._attention: nn.Module = layer.self_attn  # type: ignore[assignment]
-        self._normed = layer.input_layernorm(hidden_BLD)  # type: ignore[operator]
+    def __init__(self, layer: Any, hidden_BLD: Tensor, rotary: tuple[Tensor, Tensor], valid_BL: Tensor | None) -> None:
+        self._attention = layer.self_attn
+        self._normed = layer.input_layernorm(hidden_BLD)
         self._rotary = rotary
         self._valid = valid_BL
 
     def _heads(self, x: Tensor, norm: str) -> Tensor:
-        x = x.unflatten(-1, (-1, int(self._attention.head_dim)))  # type: ignore[arg-type]
+        x = x.unflatten(-1, (-1, int(self._attention.head_dim)))
         if hasattr(self._attention, norm):
             x = getattr(self._attention, norm)(x)
         return x.transpose(1, 2)
@@ -132,13 +133,13 @@ class DecoderSignals:
     @cached_property
     def _keys(self) -> Tensor:
         """Rotated keys, [B, Hkv, L, d]."""
-        keys = self._heads(self._attention.k_proj(self._normed), "k_norm")  # type: ignore[operator]
+        keys = self._heads(self._attention.k_proj(self._normed), "k_norm")
         return rotate(keys, *self._rotary).float()
 
     def _queries(self, index_BR: Tensor) -> Tensor:
         """Rotated and scaled queries of chosen rows, grouped by key head: [B, Hkv, G, R, d]."""
         picked = self._normed.gather(1, index_BR.unsqueeze(-1).expand(-1, -1, self._normed.shape[-1]))
-        query = self._heads(self._attention.q_proj(picked), "q_norm")  # type: ignore[operator]
+        query = self._heads(self._attention.q_proj(picked), "q_norm")
         cos, sin = (_pick_rows(table, index_BR) for table in self._rotary)
         query = rotate(query, cos, sin).float() * self._attention.scaling
         return query.unflatten(1, (self._keys.shape[1], -1))
@@ -178,7 +179,7 @@ class DecoderSignals:
 
     def _blocks(self, index_BR: Tensor, weight_BR: Tensor) -> list[tuple[Tensor, Tensor]]:
         batch, rows = index_BR.shape
-        heads = int(self._attention.q_proj.out_features // self._attention.head_dim)  # type: ignore[union-attr,operator]
+        heads = int(self._attention.q_proj.out_features // self._attention.head_dim)
         size = _block_rows(batch, heads, self._normed.shape[1], rows)
         return list(zip(index_BR.split(size, 1), weight_BR.split(size, 1), strict=True))
 

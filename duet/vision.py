@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,8 @@ def encode_vision(
         ValueError: the layer does not exist, or the budget exceeds the patches.
     Source: DUET-VLM Sec. 3.1.
     """
-    body = getattr(tower, "vision_model", tower)
-    blocks: nn.ModuleList = body.encoder.layers
+    body: Any = getattr(tower, "vision_model", tower)
+    blocks = body.encoder.layers
     wanted = [select_layer] if isinstance(select_layer, int) else list(select_layer)
     depths = [_depth(index, len(blocks)) for index in wanted]
     reduces = config is not None and config.stage1 != "none"
@@ -70,9 +71,9 @@ def encode_vision(
 
 
 @torch.no_grad()
-def _normed(block: nn.Module, hidden: Tensor) -> Tensor:
+def _normed(block: Any, hidden: Tensor) -> Tensor:
     """Return what the block's attention reads. Ranking is detached, so this never needs a gradient."""
-    return block.layer_norm1(hidden)  # type: ignore[operator]
+    return block.layer_norm1(hidden)
 
 
 def _depth(index: int, blocks: int) -> int:
@@ -89,8 +90,8 @@ def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _grid(pixel_values: Tensor, body: nn.Module) -> tuple[int, int]:
-    patch = body.config.patch_size  # type: ignore[union-attr]
+def _grid(pixel_values: Tensor, body: Any) -> tuple[int, int]:
+    patch = body.config.patch_size
     return pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
 
 

@@ -145,7 +145,7 @@ def _output(model: Any, out: DecoderOutput, features: Tensor | None, logits_to_k
         loss=loss,
         logits=logits,
         past_key_values=out.past_key_values,
-        hidden_states=out.hidden_states,
+        hidden_states=out.hidden_states,  # type: ignore[arg-type]
         image_hidden_states=None if features is None else features.flatten(0, 1),
     )
 
