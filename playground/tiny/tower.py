@@ -41,11 +41,11 @@ class TowerRecipe:
     layers: int = 6
     width: int = 128
     heads: int = 4
-    batch: int = 24
+    batch: int = 16
     learning_rate: float = 1.5e-3
-    minutes: float = 14.0
+    minutes: float = 10.5
     crowded_share: float = 0.6
-    window_share: float = 0.6  # share of the time spent on small windows with one digit
+    window_share: float = 0.4  # share of the time spent on small windows with one digit
     windows: int = 192  # windows per step
 
 
@@ -244,7 +244,7 @@ def _place_targets(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate_tower(tower: nn.Module, heads: DenseHeads, scenes: int = 96, batch: int = 24) -> dict:
+def evaluate_tower(tower: nn.Module, heads: DenseHeads, scenes: int = 96, batch: int = 12) -> dict:
     """Figures of the dense objective on held-out scenes with 2 to 5 digits."""
     tower.eval()
     totals: dict[str, float] = {}
