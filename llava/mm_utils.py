@@ -24,20 +24,6 @@ CLIP_MEAN_COLOUR = (122, 116, 104)
 """CLIP's mean colour as 8-bit RGB, truncated; the padding that LLaVA-1.5 was trained with."""
 
 
-def load_image_processor(path: str, **kwargs: Any) -> Any:
-    """Load a CLIP image processor that resizes with PIL.
-
-    The torchvision backend resizes a little differently, so features would depend on what is installed.
-
-    Args:
-        path: Folder or hub name that holds ``preprocessor_config.json``.
-        **kwargs: Passed to ``from_pretrained``.
-    """
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    return CLIPImageProcessorPil.from_pretrained(path, **kwargs)
-
-
 def select_best_resolution(original_size: Size, possible_resolutions: Sequence[Size]) -> Size:
     """Pick the grid that shows most pixels of the picture, then the one that wastes least area.
 

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+from transformers import CLIPImageProcessorPil
+
 from llava.constants import IGNORE_INDEX
-from llava.mm_utils import load_image_processor
 from llava.tokenization import load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -28,7 +29,7 @@ def tokenizer(name="tokenizer"):
 
 @functools.cache
 def image_processor():
-    return load_image_processor(str(GOLDEN / "clip_tiny"))
+    return CLIPImageProcessorPil.from_pretrained(GOLDEN / "clip_tiny")
 
 
 def short_tokenizer(limit):
