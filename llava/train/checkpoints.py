@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,43 @@ def rotate(output_dir: str | Path, limit: int | None, keep: Path) -> None:
     surplus = whole[: max(0, len(whole) + 1 - limit)] if limit else []
     for path in broken + surplus:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def exclusive(output_dir: str | Path, patience: float = 300.0) -> Iterator[None]:
+    """Let only one run at a time write to an output folder; wait for one that is still saving.
+
+    Args:
+        output_dir: of the run.
+        patience: seconds to wait.
+
+    Raises:
+        CheckpointError: another run still holds the folder.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as err:
+                if time.monotonic() > deadline:
+                    raise CheckpointError(
+                        f"{folder} is in use by another run; wait for it, or give this one its own --output_dir"
+                    ) from err
+                logger.warning("waiting for another run that still writes to %s", folder)
+                time.sleep(2)
+            except OSError as err:
+                logger.warning("%s cannot be locked (%s): make sure that only one run uses it", folder, err)
+                break
+        yield
 
 
 def folder_bytes(folder: Path) -> int:

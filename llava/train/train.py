@@ -286,13 +286,22 @@ def fit(args: RunArguments, model: Any, tokenizer: Any, data: dict[str, Any], st
             f"{last} is whole. Free some space and give the same command again"
         ) from err
     if training.process_index == 0:
-        checkpoints.write_json_atomically(
-            Path(training.output_dir) / checkpoints.RUN_MARKER,
-            {"step": trainer.state.global_step, "kind": trainer.save_kind()},
-        )
+        checkpoints.write_json_atomically(Path(training.output_dir) / checkpoints.RUN_MARKER, summary(trainer))
     trainer.run_log.write("finished", {"step": trainer.state.global_step})
     trainer.run_log.close()
     return False
+
+
+def summary(trainer: LLaVATrainer) -> dict[str, Any]:
+    """What a finished run was like: steps, kind, median seconds of a step, peak memory of the fullest rank in MiB."""
+    lines = [line for line in trainer.state.log_history if "seconds_per_step" in line]
+    seconds = sorted(line["seconds_per_step"] for line in lines)
+    return {
+        "step": trainer.state.global_step,
+        "kind": trainer.save_kind(),
+        "seconds_per_step": seconds[len(seconds) // 2] if seconds else None,
+        "peak_memory_mib": max((line["peak_memory_mb"] for line in lines), default=0.0) * 1e6 / 2**20 or None,
+    }
 
 
 def report_bad_samples(dataset: LazySupervisedDataset) -> None:

@@ -1,0 +1,399 @@
+"""What a script is going to do: recipe, model, data, device, ZeRO stage, token budget, steps, and what is missing.
+
+`python -m llava.train.plan JOB [--plan] [-- FLAGS]`; the shell scripts are one line each on top of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from duet import DuetConfig
+from llava.reduction import ReductionArguments
+from llava.train import runtime
+from llava.train.argv import split_flags
+from llava.train.recipes import COMMON, JOBS, RECIPES, Job, Recipe, StageRecipe
+
+ENVIRONMENT = {
+    "RECIPE": "tiny or 7b (default: tiny without an accelerator, 7b with one)",
+    "BASE_MODEL": "base language model, folder or hub name",
+    "VISION_TOWER": "vision tower, folder or hub name",
+    "PRETRAIN_DATA": "stage 1: annotation file",
+    "PRETRAIN_IMAGES": "stage 1: image folder",
+    "FINETUNE_DATA": "stage 2: annotation file",
+    "FINETUNE_IMAGES": "stage 2: image folder",
+    "OUTPUT_ROOT": "prefix of the output folders",
+    "PROJECTOR": "stage 2: projector to start from (default: stage 1 of the same script)",
+    "DUET_TOKENS": "average visual tokens of the duet scripts: 192, 128 or 64 (default 192)",
+    "NUM_DEVICES": "ranks per node (default: all accelerators; 2 on a CPU)",
+    "HOSTFILE": "deepspeed hostfile for several nodes",
+    "LAUNCHER": "deepspeed, torchrun or python (default: deepspeed; torchrun in a SLURM job of several nodes)",
+    "DEEPSPEED_CONFIG": "DeepSpeed JSON for both stages, or none",
+    "MASTER_PORT": "TCP port of the ranks' meeting point",
+    "PER_DEVICE_BATCH": "records per device and pass, at most",
+    "SEED": "seed of everything random (default 42)",
+    "REPORT_TO": "wandb or none (default none; the JSONL log is always written)",
+    "DUET_PYTHON": "Python interpreter to use instead of making .venv",
+}
+REDUCTION_FLAGS = frozenset(ReductionArguments.__dataclass_fields__) | {"dominant_num", "context_num", "contextual_num"}
+COUNTABLE_BYTES = 200_000_000
+
+
+@dataclass
+class Missing:
+    """Something that the run needs and that is not here."""
+
+    what: str
+    remedy: str
+    fatal: bool = True
+
+
+@dataclass
+class Stage:
+    """One resolved training stage: its flags and where they lead."""
+
+    recipe: StageRecipe
+    flags: dict[str, Any]
+    output: Path
+    world: int
+    per_device: int
+    accumulation: int
+    records: int
+
+    @property
+    def global_batch(self) -> int:
+        """Records per optimizer step."""
+        return self.per_device * self.accumulation * self.world
+
+    @property
+    def steps(self) -> int:
+        """Expected optimizer steps."""
+        limit = int(self.flags.get("max_steps", -1))
+        if limit > 0:
+            return limit
+        epochs = float(self.flags.get("num_train_epochs", 1))
+        return int(-(-self.records * epochs // self.global_batch))
+
+    def arguments(self) -> list[str]:
+        """The command line of `llava.train.train`."""
+        return [item for name, value in self.flags.items() for item in (f"--{name}", str(value))]
+
+
+@dataclass
+class Devices:
+    """What the run is spread over."""
+
+    name: str
+    accelerator: bool
+    per_node: int
+    nodes: int
+    launcher: str
+    hostfile: str | None = None
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.per_node * self.nodes
+
+
+@dataclass
+class Plan:
+    """Everything that one script does."""
+
+    job: Job
+    recipe: Recipe
+    devices: Devices
+    stages: list[Stage]
+    reduction: DuetConfig | None
+    missing: list[Missing] = field(default_factory=list)
+
+    @property
+    def can_run(self) -> bool:
+        """False when something that is needed is missing."""
+        return not any(item.fatal for item in self.missing)
+
+
+def find_devices(env: Mapping[str, str], accelerators: int | None = None) -> Devices:
+    """Find out what the run can use.
+
+    Args:
+        env: environment variables (`NUM_DEVICES`, `HOSTFILE`, `LAUNCHER`, SLURM's own).
+        accelerators: how many devices to assume; default: what torch sees.
+
+    Raises:
+        ValueError: a variable has a value that cannot be used.
+    """
+    seen = accelerators
+    if seen is None:
+        import torch
+
+        seen = torch.cuda.device_count() if runtime.has_accelerator() else 0
+    per_node = int(env.get("NUM_DEVICES") or (seen or min(2, os.cpu_count() or 1)))
+    if per_node < 1:
+        raise ValueError(f"NUM_DEVICES={per_node}: expected at least 1")
+    hostfile = env.get("HOSTFILE") or None
+    slurm_nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or 1)
+    nodes = count_hosts(hostfile) if hostfile else slurm_nodes
+    launcher = env.get("LAUNCHER") or ("torchrun" if slurm_nodes > 1 and not hostfile else "deepspeed")
+    if launcher not in ("deepspeed", "torchrun", "python"):
+        raise ValueError(f"LAUNCHER={launcher}: expected deepspeed, torchrun or python")
+    if launcher == "python":
+        per_node = nodes = 1
+    name = runtime.accelerator_name() if accelerators is None else f"{accelerators} accelerators"
+    return Devices(name, seen > 0, per_node, nodes, launcher, hostfile)
+
+
+def count_hosts(hostfile: str) -> int:
+    """Number of hosts in a deepspeed hostfile.
+
+    Raises:
+        ValueError: the file is missing or lists no host.
+    """
+    path = Path(hostfile)
+    if not path.is_file():
+        raise ValueError(
+            f"HOSTFILE={hostfile}: there is no such file; it has one line per node, such as `node1 slots=8`"
+        )
+    hosts = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if not hosts:
+        raise ValueError(f"HOSTFILE={hostfile}: it lists no host; write one line per node, such as `node1 slots=8`")
+    return len(hosts)
+
+
+def split_batch(global_batch: int, per_device: int, world: int) -> tuple[int, int]:
+    """Divide a global batch over ranks.
+
+    Returns:
+        Records per device and pass (at most `per_device`), and accumulation steps; their product with `world` is the
+        global batch where that is possible, otherwise the next larger multiple of `world`.
+    """
+    share = max(1, -(-global_batch // world))
+    fitting = next(size for size in range(min(per_device, share), 0, -1) if share % size == 0)
+    return fitting, share // fitting
+
+
+def count_records(path: Path, expected: int) -> int:
+    """Records of an annotation file; the recipe's number for files that are missing or too large to read for a plan."""
+    if not path.is_file() or path.stat().st_size > COUNTABLE_BYTES or path.suffix != ".json":
+        return expected
+    try:
+        return len(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, OSError):
+        return expected  # training itself reports a broken file, with the place
+
+
+def parse_overrides(argv: Sequence[str]) -> dict[str, str]:
+    """Read `--flag value` pairs; a flag without a value means True.
+
+    Raises:
+        ValueError: a word that belongs to no flag.
+    """
+    flags: dict[str, str] = {}
+    for name, *values in split_flags(list(argv)):
+        if not name.startswith("--"):
+            raise ValueError(f"{name!r} is not a flag: training flags follow `--` and look like --learning_rate 1e-5")
+        flags[name.removeprefix("--")] = " ".join(values) if values else "True"
+    return flags
+
+
+def resolve(
+    job_name: str, env: Mapping[str, str] | None = None, overrides: Sequence[str] = (), accelerators: int | None = None
+) -> Plan:
+    """Work out what a script does.
+
+    Args:
+        job_name: one of `recipes.JOBS`.
+        env: environment variables; default: the process's.
+        overrides: training flags; reduction flags hold for both stages, the others for the last one.
+        accelerators: how many devices to assume; default: what torch sees.
+
+    Raises:
+        ValueError: an unknown job or recipe, or a value that cannot be used.
+    """
+    env = os.environ if env is None else env
+    if job_name not in JOBS:
+        raise ValueError(f"unknown job {job_name!r}: expected one of {', '.join(JOBS)}")
+    job, devices = JOBS[job_name], find_devices(env, accelerators)
+    name = env.get("RECIPE") or ("7b" if devices.accelerator else "tiny")
+    if name not in RECIPES:
+        raise ValueError(f"RECIPE={name}: expected one of {', '.join(RECIPES)}")
+    recipe, flags = RECIPES[name], parse_overrides(overrides)
+    shared = {key: value for key, value in flags.items() if key in REDUCTION_FLAGS}
+    own = {key: value for key, value in flags.items() if key not in REDUCTION_FLAGS}
+    if job.reduced and not shared:
+        shared = {"duet_tokens": env.get("DUET_TOKENS") or "192"}
+    reduction = read_reduction(shared)
+    plan = Plan(job, recipe, devices, [], reduction)
+    for kind in job.stages:
+        last = kind == job.last
+        stage = resolve_stage(plan, getattr(recipe, kind), env, shared | (own if last else {}))
+        if kind == "finetune":
+            start_from_projector(plan, stage, env)
+        plan.stages.append(stage)
+    if len(plan.stages) == 2 and env.get("PROJECTOR"):
+        plan.stages.pop(0)
+    plan.missing = find_missing(plan)
+    return plan
+
+
+def read_reduction(flags: Mapping[str, str]) -> DuetConfig | None:
+    """The reduction that the flags describe; None for none."""
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    ReductionArguments.add_arguments(parser)
+    parsed = parser.parse_args([item for name, value in flags.items() for item in (f"--{name}", value)])
+    return ReductionArguments.from_namespace(parsed).to_config(None)
+
+
+def output_folder(plan: Plan, kind: str, env: Mapping[str, str]) -> Path:
+    """Folder of one stage: prefix, `duet` where tokens are reduced, the stage, and how it is trained."""
+    parts = [env.get("OUTPUT_ROOT") or plan.recipe.output]
+    parts += ["duet"] if plan.job.reduced else []
+    parts.append(kind)
+    if kind == "finetune" and plan.job.lora:
+        parts.append("qlora" if plan.job.bits == 4 else "lora")
+    return Path("-".join(parts))
+
+
+def resolve_stage(plan: Plan, recipe: StageRecipe, env: Mapping[str, str], overrides: Mapping[str, str]) -> Stage:
+    """Put the flags of one stage together: recipe, job, environment, then what the user gave."""
+    devices, job, prefix = plan.devices, plan.job, recipe.kind.upper()
+    flags: dict[str, Any] = {
+        "model_name_or_path": env.get("BASE_MODEL") or plan.recipe.model,
+        "vision_tower": env.get("VISION_TOWER") or plan.recipe.tower,
+        "data_path": env.get(f"{prefix}_DATA") or recipe.data,
+        "image_folder": env.get(f"{prefix}_IMAGES") or recipe.images,
+        "output_dir": output_folder(plan, recipe.kind, env),
+        **COMMON,
+        **recipe.flags,
+        "seed": env.get("SEED") or 42,
+        "report_to": env.get("REPORT_TO") or "none",
+    }
+    if devices.accelerator:
+        flags |= plan.recipe.precision
+    if job.lora and recipe.kind == "finetune":
+        flags |= {"learning_rate": plan.recipe.lora_rate, **plan.recipe.lora}
+        if job.bits != 16:
+            flags["bits"] = job.bits
+    flags |= zero_flag(plan, recipe, env)
+    size = int(overrides.get("per_device_train_batch_size") or env.get("PER_DEVICE_BATCH") or recipe.per_device)
+    if "gradient_accumulation_steps" in overrides:
+        per_device, accumulation = size, int(overrides["gradient_accumulation_steps"])
+    else:
+        per_device, accumulation = split_batch(recipe.global_batch, size, devices.world)
+    flags |= {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
+    flags |= overrides
+    records = count_records(Path(str(flags["data_path"])), recipe.records)
+    return Stage(recipe, flags, Path(str(flags["output_dir"])), devices.world, per_device, accumulation, records)
+
+
+def zero_flag(plan: Plan, recipe: StageRecipe, env: Mapping[str, str]) -> dict[str, str]:
+    """The `--deepspeed` flag. Quantised weights cannot be partitioned, so QLoRA uses ZeRO-2."""
+    chosen = env.get("DEEPSPEED_CONFIG")
+    if chosen == "none" or (plan.devices.launcher == "python" and not chosen):
+        return {}
+    quantised = plan.job.bits != 16 and recipe.kind == "finetune"
+    return {"deepspeed": chosen or f"scripts/zero{2 if quantised else recipe.zero}.json"}
+
+
+def start_from_projector(plan: Plan, stage: Stage, env: Mapping[str, str]) -> None:
+    """Let stage 2 start from the projector of stage 1, unless the flags say otherwise."""
+    if "pretrain_mm_mlp_adapter" not in stage.flags:
+        first = plan.stages[0].output
+        stage.flags["pretrain_mm_mlp_adapter"] = env.get("PROJECTOR") or first / "mm_projector.bin"
+
+
+def is_cached(name: str) -> bool:
+    """True when a hub model is already on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def find_missing(plan: Plan) -> list[Missing]:
+    """Everything that is not here yet, with where to put it."""
+    missing: list[Missing] = []
+    tiny = plan.recipe.name == "tiny"
+    for flag, variable in (("model_name_or_path", "BASE_MODEL"), ("vision_tower", "VISION_TOWER")):
+        name = str(plan.stages[-1].flags[flag])
+        if Path(name).is_dir():
+            continue
+        local = name.count("/") > 1 or name.startswith((".", "/"))
+        if local:
+            missing.append(Missing(f"weights {name}", f"put the model folder there, or set {variable}"))
+        elif not is_cached(name):
+            remedy = f"it is fetched from the Hugging Face hub; without access, copy it to a folder and set {variable}"
+            missing.append(Missing(f"weights {name}", remedy, fatal=False))
+    for stage in plan.stages:
+        kind = stage.recipe.kind.upper()
+        for flag, variable in (("data_path", f"{kind}_DATA"), ("image_folder", f"{kind}_IMAGES")):
+            path = Path(str(stage.flags[flag]))
+            generated = tiny and str(path) in (stage.recipe.data, stage.recipe.images)
+            if not path.exists() and not generated:
+                missing.append(Missing(f"{flag} {path}", f"put it there (docs/training.md), or set {variable}"))
+        adapter = stage.flags.get("pretrain_mm_mlp_adapter")
+        made_here = any(Path(str(adapter)).parent == other.output for other in plan.stages)
+        if adapter and not made_here and not Path(str(adapter)).exists():
+            missing.append(Missing(f"projector {adapter}", "run the pretrain script first, or set PROJECTOR"))
+    return missing + missing_packages(plan)
+
+
+def missing_packages(plan: Plan) -> list[Missing]:
+    """Python packages that the plan needs and this interpreter lacks."""
+    needed = {"torch", "transformers", "accelerate"}
+    if any("deepspeed" in stage.flags for stage in plan.stages) or plan.devices.launcher == "deepspeed":
+        needed |= {"deepspeed", "ninja"}
+    if plan.job.lora:
+        needed.add("peft")
+    if plan.job.bits != 16:
+        needed.add("bitsandbytes")
+    if plan.recipe.name == "tiny":
+        needed |= {"skimage", "sklearn"}
+    absent = sorted(name for name in needed if importlib.util.find_spec(name) is None)
+    return [Missing(f"package {name}", "pip install -e '.[train,demo]'") for name in absent]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the plan, and carry it out unless `--plan` was given.
+
+    Returns:
+        The exit code: 0 done, 2 something is missing or wrong, otherwise that of the step that failed.
+    """
+    from llava.train.launch import execute
+    from llava.train.plan_text import describe, usage
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    before, _, after = (arguments, None, []) if "--" not in arguments else split_at(arguments)
+    if not before or {"-h", "--help"} & set(before):
+        sys.stdout.write(usage(ENVIRONMENT) + "\n")
+        return 0 if before else 2
+    unknown = [item for item in before[1:] if item != "--plan"]
+    try:
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is not understood: training flags go after `--`; see --help")
+        plan = resolve(before[0], overrides=after)
+    except ValueError as err:
+        sys.stderr.write(f"error: {err}\n")
+        return 2
+    sys.stdout.write(describe(plan) + "\n")
+    sys.stdout.flush()
+    if "--plan" in before:
+        return 0
+    return execute(plan) if plan.can_run else 2
+
+
+def split_at(arguments: list[str]) -> tuple[list[str], str, list[str]]:
+    """Divide a command line at the first `--`."""
+    place = arguments.index("--")
+    return arguments[:place], "--", arguments[place + 1 :]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
