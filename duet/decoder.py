@@ -135,6 +135,8 @@ def _record_plain(decoder: nn.Module, hidden: Tensor, attention_mask: Tensor | N
     batch, length, _ = hidden.shape
     tokens = [length] * batch if attention_mask is None or attention_mask.dim() != 2 else attention_mask.sum(1).tolist()
     images = [0] * batch if visual is None else visual.sum(1).tolist()
+    if visual is not None:
+        tracing.DropRecorder(visual)
     tracing.record_pass([tracing.LayerCount(0, len(decoder.layers), images, tokens, length)])  # type: ignore[arg-type]
 
 

@@ -78,7 +78,29 @@ class Trace:
     record_images: bool
     images: list[ImageRecord] = field(default_factory=list)
     passes: list[list[LayerCount]] = field(default_factory=list)
-    _waiting: int = 0
+    _claimed: int = 0
+
+    def claim(self, visual_BL: Tensor) -> list[tuple[ImageRecord, int]]:
+        """Return the images recorded since the last pass, each with its first index among the visual positions.
+
+        Images that cannot be told apart (tiles that were merged, say) are left without entries for the decoder.
+        """
+        images, self._claimed = self.images[self._claimed :], len(self.images)
+        counts = visual_BL.sum(1).tolist() if images else []
+        surplus = sum(len(image.source) for image in images) - sum(counts)
+        placeholders = bool(surplus) and surplus == counts.count(0) * len(images[0].source)
+        if surplus and not placeholders:
+            return []
+        placed, start, waiting = [], 0, iter(images)
+        for count in counts:
+            if count == 0 and placeholders:
+                next(waiting)
+            end = start + count
+            while start < end:
+                image = next(waiting)
+                placed.append((image, start))
+                start += len(image.source)
+        return placed
 
     def average_tokens(self) -> float:
         """Return the visual tokens per layer, averaged over layers and over the samples that had an image.
@@ -150,33 +172,26 @@ def record_pass(segments: list[LayerCount]) -> None:
 class DropRecorder:
     """Maps what stage 2 keeps back to images, for the traces that are active when a decoder pass starts.
 
+    The images of a batch stand in the order of their visual positions; a text-only sample may bring one placeholder image
+    that has no position (training batches do).
+
     Args:
         visual_BL: [B, L] visual positions that enter the first layer.
-
-    The images of a batch stand in the order of their visual positions, so the last recorded images are theirs.
     """
 
     def __init__(self, visual_BL: Tensor) -> None:
-        self._traces = [t for t in _ACTIVE.get() if t.record_images and t.images]
-        self._visual = visual_BL.cpu() if self._traces else None
+        traces = [active for active in _ACTIVE.get() if active.record_images]
+        self._images = [image for active in traces for image in active.claim(visual_BL)]
+        self._visual = visual_BL.cpu() if self._images else None
 
     def record(self, layer: int, state: TokenState) -> None:
         """Store which tokens of each image are still there after ``layer`` layers."""
         if self._visual is None:
             return
+        rows, columns = state.visual.cpu().nonzero(as_tuple=True)
         alive = self._visual.new_zeros(self._visual.shape)
-        kept = state.visual.cpu()
-        alive.scatter_(1, state.origin.cpu().where(kept, 0), kept | alive.gather(1, state.origin.cpu().where(kept, 0)))
-        flat = alive[self._visual].tolist()
-        for active in self._traces:
-            self._assign(active.images, layer, flat)
-
-    @staticmethod
-    def _assign(images: list[ImageRecord], layer: int, flat: list[bool]) -> None:
-        end = len(flat)
-        for image in reversed(images):
-            size = len(image.source)
-            if size > end:
-                break
-            image.kept_after[layer] = [i for i, alive in enumerate(flat[end - size : end]) if alive]
-            end -= size
+        alive[rows, state.origin.cpu()[rows, columns]] = True
+        flags = alive[self._visual].tolist()
+        for image, start in self._images:
+            mine = flags[start : start + len(image.source)]
+            image.kept_after[layer] = [index for index, flag in enumerate(mine) if flag]

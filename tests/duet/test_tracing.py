@@ -65,3 +65,16 @@ def test_nothing_is_recorded_outside_or_without_images():
     assert not record.images and not record.passes
     with pytest.raises(ValueError, match="no sample with an image"):
         text_only.average_tokens()
+
+
+@torch.no_grad()
+def test_placeholder_images_of_text_only_samples_are_skipped():
+    model = small.build()
+    tower, decoder = model.model.vision_tower, model.model.language_model
+    visual = torch.zeros(3, 20, dtype=torch.bool)
+    visual[0, 2:15] = visual[2, 4:17] = True  # the middle sample is text only and brings a placeholder image
+    with duet.trace() as record:
+        duet.encode_vision(tower, small.pixels(3), config=CONFIG)
+        duet.run_decoder(decoder, torch.randn(3, 20, 32), visual_mask=visual, config=CONFIG)
+    assert [len(image.kept_after.get(2, [])) for image in record.images] == [6, 0, 6]
+    assert record.images[1].kept_after == {}
