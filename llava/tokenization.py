@@ -1,12 +1,13 @@
 """Load a tokenizer that gives the ids LLaVA's training saw.
 
 LLaVA used the slow (sentencepiece) Llama tokenizer, which ``transformers`` 5 no longer has. The fast one differs in
-one rule and forgets one setting:
+one rule and in how it reads two settings:
 
 * The slow one puts a word-start mark in front of a text even when the text begins with a space (``" a"`` gives two
   marks); the fast one then adds none. This changes the ids of ``"<image> <image>"``, for example.
 * ``legacy`` (a mark after every special token, or only at the start of the text) is lost by ``save_pretrained``, so
   that a saved and loaded tokenizer would quietly change its ids.
+* ``add_bos_token`` means True when an old folder does not mention it; the fast one takes False.
 """
 
 from __future__ import annotations
@@ -42,8 +43,11 @@ def load_tokenizer(path: str, model_max_length: int | None = None, padding_side:
         # AutoTokenizer goes by the model type, and a llava-hf folder's is none of Llama's.
         tokenizer = LlamaTokenizer.from_pretrained(path, padding_side=padding_side, **kwargs)
     if isinstance(tokenizer, LlamaTokenizer) and tokenizer.add_prefix_space is not False:
-        legacy = kwargs.get("legacy")
-        _use_slow_rules(tokenizer, _saved_legacy(path, kwargs) if legacy is None else bool(legacy))
+        config = {**_read_json(path, "tokenizer_config.json", kwargs), **kwargs}
+        backend = _read_json(path, "tokenizer.json", kwargs)
+        _use_slow_rules(tokenizer, _legacy(config, backend))
+        if config.get("add_bos_token") is None and not backend:
+            tokenizer.add_bos_token = True
     return tokenizer
 
 
@@ -70,16 +74,14 @@ def _was_llama(path: str, kwargs: dict[str, Any]) -> bool:
     return str(saved.get("tokenizer_class", "")).startswith("LlamaTokenizer")
 
 
-def _saved_legacy(path: str, kwargs: dict[str, Any]) -> bool:
+def _legacy(config: dict[str, Any], backend: dict[str, Any]) -> bool:
     """Find out which rule a saved tokenizer was used with.
 
-    ``tokenizer_config.json`` says it, except in old files (where it means True) and in files that ``transformers`` 5
-    wrote (where ``tokenizer.json`` still shows it).
+    Its config says it, except in old files (where it means True) and in files that ``transformers`` 5 wrote (where
+    ``tokenizer.json``, here ``backend``, still shows it).
     """
-    config = _read_json(path, "tokenizer_config.json", kwargs)
     if config.get("legacy") is not None:
         return bool(config["legacy"])
-    backend = _read_json(path, "tokenizer.json", kwargs)
     if not backend:
         return True
     step = backend.get("pre_tokenizer") or {}

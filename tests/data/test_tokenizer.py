@@ -93,12 +93,17 @@ def test_legacy_is_found_in_a_folder_that_transformers_5_wrote(folder, tmp_path)
     assert load_tokenizer(str(tmp_path)).legacy == (folder == "tokenizer_legacy")
 
 
-def test_an_old_folder_without_the_flag_is_legacy(tmp_path):
+def test_an_old_folder_means_the_old_defaults(tmp_path):
     config = json.loads((GOLDEN / "tokenizer" / "tokenizer_config.json").read_text())
-    del config["legacy"]
+    del config["legacy"], config["add_bos_token"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer.model").write_bytes((GOLDEN / "tokenizer" / "tokenizer.model").read_bytes())
-    assert load_tokenizer(str(tmp_path)).legacy is True
+    old = load_tokenizer(str(tmp_path))
+    text = " a</s>USER"
+    assert old.legacy is True and old(text).input_ids == slow_ids(text, legacy=True)
+    old.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(str(tmp_path / "saved"))(text).input_ids == slow_ids(text, legacy=True)
+    assert load_tokenizer(str(tmp_path), add_bos_token=False)("a").input_ids == slow_ids("a", legacy=True)[1:]
     assert load_tokenizer(str(tmp_path), legacy=False).legacy is False
 
 
