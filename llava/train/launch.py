@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
+HELDOUT = Path("playground/tiny/data/heldout.json")
 # Flags that may change between two starts of one run without changing what it computes.
 HARMLESS = frozenset(
     (
@@ -56,20 +57,11 @@ def training_command(devices: Devices, arguments: list[str], port: int) -> list[
     module = "llava.train.train"
     ranks = str(devices.per_node)
     if devices.launcher == "deepspeed":
-        command = [
-            sys.executable,
-            "-m",
-            "deepspeed.launcher.runner",
-            "--num_accelerators",
-            ranks,
-            "--master_port",
-            str(port),
-        ]
-        if devices.hostfile:
-            # The launcher refuses a number of devices next to a hostfile that lists them.
-            command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", devices.hostfile]
-            command += ["--master_port", str(port)]
-        return [*command, "--no_local_rank", "--module", module, *arguments]
+        # The launcher refuses a number of devices next to a hostfile that lists them.
+        where = ["--hostfile", devices.hostfile] if devices.hostfile else ["--num_accelerators", ranks]
+        quiet = ["--log_level", "warning", "--no_local_rank"]
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(port), *quiet]
+        return [*command, "--module", module, *arguments]
     if devices.launcher == "torchrun":
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks]
         if devices.nodes == 1:
@@ -103,6 +95,8 @@ def environment(devices: Devices) -> dict[str, str]:
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path.cwd()), env.get("PYTHONPATH")]))
     env[LAUNCHER_PID] = str(os.getpid())
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # DeepSpeed calls collectives by names that newer torch versions warn about, once for every call site and rank.
+    env.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:torch.distributed.c10d_logger")
     if not devices.accelerator:
         env.setdefault("DS_ACCELERATOR", "cpu")
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices.per_node)))
@@ -220,7 +214,7 @@ def run_stage(plan: Plan, stage: Stage, runner: Runner) -> int:
 
 def build_tiny_data(plan: Plan, runner: Runner) -> int:
     """Write the tiny world's data unless it is there."""
-    wanted = [Path(stage.recipe.data) for stage in plan.stages] + [Path("playground/tiny/data/heldout.json")]
+    wanted = [Path(stage.recipe.data) for stage in plan.stages] + [HELDOUT]
     used = {str(stage.flags["data_path"]) for stage in plan.stages}
     if all(path.is_file() for path in wanted) or not used & {stage.recipe.data for stage in plan.stages}:
         return 0
@@ -231,7 +225,9 @@ def evaluate_tiny(plan: Plan, runner: Runner) -> int:
     """Evaluate the last stage's model on the held-out split, with its reduction and without."""
     stage = plan.stages[-1]
     results = stage.output / "results.json"
+    beside = Path(str(stage.flags["data_path"])).parent / HELDOUT.name
     base = [sys.executable, "-m", "playground.tiny.evaluate", "--model-path", str(stage.output), "--out", str(results)]
+    base += ["--data", str(beside if beside.is_file() else HELDOUT)]
     if plan.job.lora:
         base += ["--model-base", str(stage.flags["model_name_or_path"])]
     base += ["--train-log", str(stage.output / RUN_MARKER), "--seed", str(stage.flags["seed"])]

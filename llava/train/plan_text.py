@@ -80,8 +80,8 @@ def usage(environment: Mapping[str, str]) -> str:
             "usage: bash scripts/JOB.sh [--plan] [-- FLAGS]",
             f"jobs:  {', '.join(JOBS)}",
             "  --plan   print what would run, and stop",
-            "  -- FLAGS any flag of llava.train.train; DUET flags (--duet_tokens 128, --layer_list '[16,24]', ...) hold for",
-            "           both stages, the others for the stage that the script is named after",
+            "  -- FLAGS any flag of llava.train.train; DUET flags (--duet_tokens 128, --layer_list '[16,24]', ...)",
+            "           hold for both stages, the others for the stage that the script is named after",
             "environment variables:",
             *(f"  {name:<{width}}  {text}" for name, text in environment.items()),
         ]

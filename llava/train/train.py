@@ -63,7 +63,8 @@ __all__ = [
     "train",
 ]
 
-logger = logging.getLogger(__name__)
+# Named, because this module is `__main__` when it is started with `python -m`.
+logger = logging.getLogger("llava.train.train")
 
 LABEL_CHECKS = 20_000
 """How many records are tokenised before the first step."""
@@ -160,7 +161,7 @@ def check_data(args: RunArguments, dataset: LazySupervisedDataset) -> None:
             multimodal=dataset.multimodal,
             images=args.data.scan_images != "none",
             decode=args.data.scan_images == "decode",
-            extra_check=dataset.check_length,
+            extra_check=dataset.check_fit,
         )
         check_labels(dataset, report)
     box = [report]
