@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 
 from llava import conversation as conversation_lib
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import SeparatorStyle
 from llava.mm_utils import process_images
 from llava.train.collator import DataCollatorForSupervisedDataset
 from llava.train.images import find_image, read_image
-from llava.train.labels import preprocess, preprocess_multimodal
+from llava.train.labels import check_caption, preprocess, preprocess_multimodal
 from llava.train.preflight import Report, scan
 from llava.train.records import (
     BadRecord,
@@ -104,7 +105,7 @@ class LazySupervisedDataset(Dataset):
             images=images,
             decode=decode,
             workers=workers,
-            extra_check=self.check_length,
+            extra_check=self.check_fit,
         )
 
     def drop(self, report: Report) -> None:
@@ -231,8 +232,13 @@ class LazySupervisedDataset(Dataset):
         per_image = getattr(self.data_args, "visual_tokens_per_image", None) or 1
         return len(input_ids) + int((input_ids == IMAGE_TOKEN_INDEX).sum()) * (per_image - 1)
 
-    def check_length(self, record: Record) -> None:
-        """Refuse a record whose first turns do not fit; records that are short for sure are not tokenised."""
+    def check_fit(self, record: Record) -> None:
+        """Refuse a good record that does not suit the template, or whose first turns exceed the context.
+
+        Records that are short for sure are not tokenised.
+        """
+        if self.conversation.sep_style is SeparatorStyle.PLAIN:
+            check_caption(record["conversations"])
         per_image = getattr(self.data_args, "visual_tokens_per_image", None) or 1
         text = sum(len(turn["value"].encode("utf-8")) for turn in record["conversations"][:3])
         # A token stands for at least one byte; 64 pays for roles, separators and word-start marks.

@@ -181,6 +181,24 @@ def preprocess_mpt(
     return _preprocess_template(sources, tokenizer, has_image, conversation, (SeparatorStyle.MPT,))
 
 
+def check_caption(source: Sequence[Turn]) -> list[Turn]:
+    """Check that a record suits the plain template: one question with an image mark, one answer. Returns the two.
+
+    Raises:
+        BadSampleError: If it does not.
+    """
+    _, turns = split_system(source)
+    check_turns(turns)
+    marks = turns[0]["value"].count(DEFAULT_IMAGE_TOKEN)
+    if len(turns) != 2 or not marks:
+        raise BadSampleError(
+            f"the plain template takes one question with {DEFAULT_IMAGE_TOKEN} and one answer, this record has "
+            f"{len(turns)} turns and {marks} marks in the first; use version v1 for conversations",
+            "not a caption",
+        )
+    return turns
+
+
 def preprocess_plain(
     sources: Sequence[Sequence[Turn]], tokenizer: Any, conversation: Conversation | None = None
 ) -> dict[str, Any]:
@@ -195,14 +213,7 @@ def preprocess_plain(
     template = conversation or conversation_lib.default_conversation
     rows = []
     for source in sources:
-        _, turns = split_system(source)
-        check_turns(turns)
-        if len(turns) != 2 or DEFAULT_IMAGE_TOKEN not in turns[0]["value"]:
-            raise BadSampleError(
-                f"the plain template takes one question with {DEFAULT_IMAGE_TOKEN} and one answer, "
-                f"this record has {len(turns)} turns; use version v1 for conversations",
-                "not a caption",
-            )
+        turns = check_caption(source)
         marks = turns[0]["value"].count(DEFAULT_IMAGE_TOKEN)
         segments = [Segment(DEFAULT_IMAGE_TOKEN * marks), Segment(turns[1]["value"] + template.sep, supervised=True)]
         rows.append(encode_segments(segments, tokenizer, has_image=True))

@@ -120,6 +120,15 @@ def test_workers_give_the_same_samples(dataset):
         assert torch.equal(loaded[index]["input_ids"], made[index]["input_ids"])
 
 
+def test_the_scan_knows_what_the_plain_template_takes(dataset):
+    try:
+        conversation_lib.set_default_conversation("plain")
+        report = dataset([ONE, TEXT_ONLY, record("<image>", "a", "q", "b", id="talk", image="coffee.png")]).preflight()
+    finally:
+        conversation_lib.set_default_conversation("vicuna_v1")
+    assert [bad.id for bad in report.bad] == ["text", "talk"] and report.counts == {"not a caption": 2}
+
+
 # --- length ---------------------------------------------------------------------------------------------------------
 
 LONG = record(
