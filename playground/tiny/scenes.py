@@ -185,17 +185,19 @@ def _snap(centres: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def make_window(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, tuple[PlacedDigit, ...]]:
-    """A small scene of size x size pixels with one digit (now and then none), to teach the tower its digits cheaply."""
+    """A small crowded scene of size x size pixels, to teach the tower its digits cheaply: up to 5 digits on 168 px."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index, 2])
     pixels, _, _ = _background(rng, split, size)
-    digits: tuple[PlacedDigit, ...] = ()
-    if rng.random() < 0.95:
+    digits: list[PlacedDigit] = []
+    for _ in range(int(rng.integers(6, 20))):
         value, side = int(rng.integers(10)), int(rng.integers(MIN_SIZE, MAX_SIZE + 1))
-        pool = digit_sources(split)[value]
         x, y = (int(rng.integers(0, (size - side) // SNAP + 1)) * SNAP + side / 2 for _ in range(2))
-        digits = (PlacedDigit(value, pool[rng.integers(len(pool))], x, y, side),)
-        _paste(pixels, digits[0], rng)
-    return np.clip(pixels, 0, 255).astype(np.uint8), digits
+        if any(max(abs(x - d.x), abs(y - d.y)) < (side + d.size) / 2 for d in digits):
+            continue
+        pool = digit_sources(split)[value]
+        digits.append(PlacedDigit(value, pool[rng.integers(len(pool))], x, y, side))
+        _paste(pixels, digits[-1], rng)
+    return np.clip(pixels, 0, 255).astype(np.uint8), tuple(digits)
 
 
 def make_scene(split: str, seed: int, index: int, crowded: bool = False) -> Scene:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 PATCH = 14
 GRID = IMAGE_SIZE // PATCH
 NONE_CLASS = 10
-WINDOW = 6  # patches per side of a small training window
+WINDOW = 12  # patches per side of a small training window
 MAX_COUNT = 11
 SELECT_LAYER = -2
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -43,10 +43,10 @@ class TowerRecipe:
     heads: int = 4
     batch: int = 16
     learning_rate: float = 1.5e-3
-    minutes: float = 10.5
+    minutes: float = 18.0
     crowded_share: float = 0.6
-    window_share: float = 0.4  # share of the time spent on small windows with one digit
-    windows: int = 192  # windows per step
+    window_share: float = 0.8  # share of the time spent on small windows
+    windows: int = 64  # windows per step
 
 
 def tower_config(recipe: TowerRecipe) -> CLIPVisionConfig:
@@ -176,7 +176,7 @@ def full_batch(seed: int, start: int, count: int, crowded_share: float, split: s
 
 
 def window_batch(seed: int, start: int, count: int) -> dict:
-    """Small scenes with one digit each, at random places of the tower's position table."""
+    """Small crowded scenes at random places of the tower's position table."""
     drawn = [make_window("train", seed, i, WINDOW * PATCH) for i in range(start, start + count)]
     origin = np.random.default_rng([seed, start]).integers(0, GRID - WINDOW + 1, (2, count, 1))
     rows, columns = torch.from_numpy(origin + np.arange(WINDOW))
