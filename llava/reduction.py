@@ -15,8 +15,8 @@ _PRESET = "llava-1.5-7b"
 _PAPER_DEPTH = 32
 
 
-def _flag(text: str, aliases: Sequence[str] = ()) -> Any:
-    return field(default=None, metadata={"help": text, "aliases": list(aliases)})
+def _flag(text: str, aliases: Sequence[str] = (), **options: Any) -> Any:
+    return field(default=None, metadata={"help": text, "aliases": list(aliases), **options})
 
 
 @dataclass
@@ -38,7 +38,9 @@ class ReductionArguments:
     positions: str | None = _flag("positions after a drop: auto, compact or original")
     variant: str | None = _flag("paper (Algorithm 1) or release (the published code)")
     stage1: str | None = _flag("vision reducer: local_cluster, visionzip or none")
-    use_salient_tokens: bool | None = _flag("released spelling of --queries salient", ["--compute_salient_tokens"])
+    use_salient_tokens: bool | None = _flag(
+        "released spelling of --queries salient", ["--compute_salient_tokens"], nargs="?", const=True
+    )
 
     def given(self) -> dict[str, Any]:
         """Return the flags that were given."""
@@ -96,15 +98,8 @@ class ReductionArguments:
         for item in fields(cls):
             kind = get_args(hints[item.name])[0]
             kind = _boolean if kind is bool else kind
-            extra = {"nargs": "?", "const": True} if kind is _boolean else {}
-            group.add_argument(
-                f"--{item.name}",
-                *item.metadata["aliases"],
-                type=kind,
-                default=None,
-                help=item.metadata["help"],
-                **extra,
-            )
+            options = {key: value for key, value in item.metadata.items() if key != "aliases"}
+            group.add_argument(f"--{item.name}", *item.metadata["aliases"], type=kind, default=None, **options)
 
     @classmethod
     def from_namespace(cls, namespace: Any) -> ReductionArguments:

@@ -175,7 +175,7 @@ def load_pretrained_model(
         model, tokenizer = _load_multimodal(found, model_base, model_name, overrides, options)
     elif found.has_weights:
         model = AutoModelForCausalLM.from_pretrained(found.path, **options)
-        tokenizer = load_tokenizer(found.path)
+        tokenizer = _load_tokenizer(found.path)
     else:
         raise ValueError(
             f"{found.path} has a projector file, but no config.json that says which vision tower it belongs to; copy "
@@ -240,14 +240,14 @@ def _load_multimodal(found: Checkpoint, base: str | None, name: str, overrides: 
         if base is not None:
             logger.warning("%s holds a whole model, so model_base %s is not used", found.path, base)
         model = cls.from_pretrained(found.path, config_overrides=overrides, **options)
-        return model, load_tokenizer(found.path)
+        return model, _load_tokenizer(found.path)
     if base is None:
         raise ValueError(
             f"{found.path} has a projector but no language model: pass model_base, the model that it was trained for"
         )
     model = _load_on_base(cls, found, base, overrides, options)
     load_projector_weights(model, found.projector or found.path)
-    return model, load_tokenizer(base)
+    return model, _load_tokenizer(base)
 
 
 def _load_on_base(cls, found: Checkpoint, base: str, overrides: dict, options: dict):
@@ -261,7 +261,7 @@ def _load_on_base(cls, found: Checkpoint, base: str, overrides: dict, options: d
     config.mm_vision_tower = _absolute_tower(config.mm_vision_tower, found.path)
     model = cls.from_pretrained(base, config=None if is_hf_llava(raw) else config, **options)
     if wanted != model.config.vocab_size:
-        model.resize_token_embeddings(wanted)
+        model.resize_token_embeddings(wanted, mean_resizing=False)
     return model
 
 
@@ -298,7 +298,7 @@ def _load_adapter(found: Checkpoint, base: str | None, name: str, overrides: dic
         if not isinstance(peft_config.target_modules, str) and not getattr(peft_config, "exclude_modules", None):
             peft_config.exclude_modules = r".*(vision_tower|mm_projector).*"
     model = PeftModel.from_pretrained(model, found.path, config=peft_config).merge_and_unload()
-    return model, load_tokenizer(base)
+    return model, _load_tokenizer(base)
 
 
 def _load_non_lora(model, found: Checkpoint, below: Checkpoint) -> None:
@@ -315,6 +315,13 @@ def _load_non_lora(model, found: Checkpoint, below: Checkpoint) -> None:
         )
 
 
+def _load_tokenizer(path: str):
+    files = ("tokenizer.model", "tokenizer.json", "vocab.json")
+    if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in files):
+        raise FileNotFoundError(f"{path} has no tokenizer ({', '.join(files)}); copy the base model's files into it")
+    return load_tokenizer(path)
+
+
 def _finish_multimodal(model, tokenizer):
     """Add the image tokens that the config asks for; return the tower's image processor."""
     config = model.config
@@ -325,7 +332,7 @@ def _finish_multimodal(model, tokenizer):
     rows = model.get_input_embeddings().num_embeddings
     uses_tokens = getattr(config, "mm_use_im_patch_token", True) or getattr(config, "mm_use_im_start_end", False)
     if uses_tokens and len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer))
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     elif tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
         # llava-hf's <pad> lies behind the vocabulary that is left after its padding rows are cut off.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -45,7 +45,7 @@ def golden_model(**kwargs) -> LlavaLlamaForCausalLM:
 def copy_golden(folder: Path, **config) -> Path:
     """Copy the golden checkpoint, with an absolute tower path and changed config values."""
     shutil.copytree(LLAVA, folder)
-    edit_config(folder, mm_vision_tower=str(CLIP), **config)
+    edit_config(folder, **({"mm_vision_tower": str(CLIP)} | config))
     return folder
 
 
