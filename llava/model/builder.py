@@ -40,7 +40,8 @@ WEIGHT_FILES = (
 # Clients written for other LLaVA versions pass these; they mean nothing here.
 _IGNORED = ("multimodal", "customized_config", "offload_folder")
 # Parts that stay in full precision under 4 and 8 bits: a quantised projector or tower costs accuracy and breaks dtypes.
-_KEPT_PRECISE = ["mm_projector", "vision_tower", "lm_head"]
+# transformers matches a pattern from the start of a name, or as its end.
+KEPT_PRECISE = [r".*\bmm_projector", r".*\bvision_tower", "lm_head"]
 
 
 @dataclass(frozen=True)
@@ -223,13 +224,13 @@ def _quantization(load_8bit: bool, load_4bit: bool, dtype):
     from transformers import BitsAndBytesConfig
 
     if load_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_KEPT_PRECISE)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT_PRECISE)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_compute_dtype=torch.float16 if dtype == "auto" else dtype,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=_KEPT_PRECISE,
+        llm_int8_skip_modules=KEPT_PRECISE,
     )
 
 
