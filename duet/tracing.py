@@ -172,8 +172,8 @@ def record_pass(segments: list[LayerCount]) -> None:
 class DropRecorder:
     """Maps what stage 2 keeps back to images, for the traces that are active when a decoder pass starts.
 
-    The images of a batch stand in the order of their visual positions; a text-only sample may bring one placeholder image
-    that has no position (training batches do).
+    The images of a batch stand in the order of their visual positions; a text-only sample may bring one placeholder
+    image that has no position (training batches do).
 
     Args:
         visual_BL: [B, L] visual positions that enter the first layer.
