@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def write_hf(model, tokenizer, image_processor, out: str) -> None:
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     image_id, pad_id = vocabulary, vocabulary + 1
-    config = config_to_hf(model.config, image_id, pad_id, padded_vocabulary(vocabulary + 2))
+    config: Any = config_to_hf(model.config, image_id, pad_id, padded_vocabulary(vocabulary + 2))
     state = hf_state(model.state_dict(), config.text_config.vocab_size)
     with torch.device("meta"):
         exported = LlavaForConditionalGeneration(config)

@@ -107,7 +107,7 @@ class ReductionArguments:
         return cls(**{item.name: getattr(namespace, item.name, None) for item in fields(cls)})
 
 
-def parse_list(flag: str, text: str | Sequence) -> list:
+def parse_list(flag: str, text: Any) -> list:
     """Read a list such as `[16,24]` from the command line.
 
     Raises:
@@ -115,7 +115,7 @@ def parse_list(flag: str, text: str | Sequence) -> list:
     """
     if isinstance(text, str):
         try:
-            value = ast.literal_eval(text.strip())
+            value: Any = ast.literal_eval(text.strip())
         except (SyntaxError, ValueError):
             value = None
         value = [value] if isinstance(value, int | float) and not isinstance(value, bool) else value

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.utils import cached_file, is_bitsandbytes_available, is_flash_attn_2_available, logging
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_bitsandbytes_available, is_flash_attn_2_available
 
 from duet import DuetConfig
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
@@ -107,7 +109,7 @@ def _read_json(path: str, name: str) -> dict | None:
             raise ValueError(f"{found} is not valid JSON: {error}") from error
 
 
-def model_class(config: dict, name: str = ""):
+def model_class(config: dict, name: str = "") -> Any:
     """Choose the LLaVA class for a config dict.
 
     Args:
@@ -138,7 +140,7 @@ def load_pretrained_model(
     use_flash_attn: bool = False,
     duet_config: DuetConfig | ReductionArguments | str | None = None,
     **kwargs,
-):
+) -> tuple[Any, Any, Any, int]:
     """Load a model for inference, whatever form it was saved in.
 
     Full checkpoints in LLaVA's or llava-hf's layout, LoRA folders (merged on the fly), projector-only folders, and
@@ -170,6 +172,7 @@ def load_pretrained_model(
     overrides = dict(kwargs.pop("overwrite_config", None) or {})
     options = _loading_options(load_8bit, load_4bit, device_map, device, use_flash_attn, kwargs)
     found = inspect_checkpoint(model_path)
+    model: Any
     if found.adapter is not None and not found.has_weights:
         model, tokenizer = _load_adapter(found, model_base, model_name, overrides, options)
     elif found.multimodal:
@@ -234,7 +237,7 @@ def _quantization(load_8bit: bool, load_4bit: bool, dtype):
     )
 
 
-def _load_multimodal(found: Checkpoint, base: str | None, name: str, overrides: dict, options: dict):
+def _load_multimodal(found: Checkpoint, base: str | None, name: str, overrides: dict, options: dict) -> tuple[Any, Any]:
     assert found.config is not None
     cls = model_class(found.config, name)
     if found.has_weights:
@@ -251,7 +254,7 @@ def _load_multimodal(found: Checkpoint, base: str | None, name: str, overrides: 
     return model, _load_tokenizer(base)
 
 
-def _load_on_base(cls, found: Checkpoint, base: str, overrides: dict, options: dict):
+def _load_on_base(cls, found: Checkpoint, base: str, overrides: dict, options: dict) -> Any:
     """Put the multimodal config of `found` around the weights of `base`."""
     assert found.config is not None
     config = make_config(cls.config_class, found.config | overrides, {})
@@ -272,7 +275,7 @@ def _absolute_tower(name: str, folder: str) -> str:
     return os.path.abspath(local) if os.path.isdir(local) else name
 
 
-def _load_adapter(found: Checkpoint, base: str | None, name: str, overrides: dict, options: dict):
+def _load_adapter(found: Checkpoint, base: str | None, name: str, overrides: dict, options: dict) -> tuple[Any, Any]:
     """Base model + non-LoRA weights + adapter, merged."""
     if "quantization_config" in options:
         raise ValueError(
@@ -288,7 +291,8 @@ def _load_adapter(found: Checkpoint, base: str | None, name: str, overrides: dic
     below = inspect_checkpoint(base)
     if found.config is None or not found.multimodal:
         found = Checkpoint(found.path, below.config, found.adapter, found.projector, False)
-    peft_config = PeftConfig.from_pretrained(found.path)
+    peft_config: Any = PeftConfig.from_pretrained(found.path)
+    model: Any
     if not found.multimodal:
         model = AutoModelForCausalLM.from_pretrained(base, **options)
     else:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +185,7 @@ def projector_state(tensors: Mapping[str, Tensor], source: str) -> dict[str, Ten
     return found
 
 
-def gathered(parameters: Iterable[nn.Parameter]):
+def gathered(parameters: Iterable[Tensor]) -> contextlib.AbstractContextManager:
     """Return a context in which partitioned parameters are whole and changes on rank 0 reach every rank.
 
     Outside ZeRO-3 it does nothing. Every rank must enter it.
@@ -215,7 +216,7 @@ def copy_into(module: nn.Module, state: Mapping[str, Tensor], source: str) -> No
             parameter.copy_(state[name].to(device=parameter.device, dtype=parameter.dtype))
 
 
-def load_projector_weights(model: nn.Module, path: str) -> None:
+def load_projector_weights(model: Any, path: str) -> None:
     """Load projector weights from a file or folder into a model.
 
     Args:

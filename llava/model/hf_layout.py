@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 from transformers import CLIPVisionConfig, LlavaConfig
 from transformers.utils import logging
@@ -77,7 +78,7 @@ def config_from_hf(raw: dict, path: str, expected: str) -> dict:
     kind = hf_model_type(raw)
     if kind != expected:
         raise ValueError(f"{path} has a {kind.removeprefix('llava_')} backbone; load it with the {kind} class")
-    full = LlavaConfig.from_dict({key: value for key, value in raw.items() if key != "quantization_config"})
+    full: Any = LlavaConfig.from_dict({key: value for key, value in raw.items() if key != "quantization_config"})
     if full.projector_hidden_act != "gelu" or not getattr(full, "multimodal_projector_bias", True):
         raise ValueError(f"{path}: only projectors with gelu and biases are supported, as in LLaVA-1.5")
     if not isinstance(full.vision_feature_layer, int):
@@ -117,7 +118,7 @@ def _tower_name(vision: CLIPVisionConfig, path: str) -> str:
     return path
 
 
-def config_to_hf(config, image_token: int, pad_token: int, rows: int) -> LlavaConfig:
+def config_to_hf(config, image_token: int, pad_token: int, rows: int) -> Any:
     """Translate our config to llava-hf's.
 
     Args:
@@ -146,21 +147,21 @@ def config_to_hf(config, image_token: int, pad_token: int, rows: int) -> LlavaCo
     )
     carried = {key: text.pop(key) for key in _CARRIED if key in text}
     text = {key: value for key, value in text.items() if key not in dropped and not key.startswith("mm_")}
-    vision = CLIPVisionConfig.from_dict(dict(config.mm_vision_config))
+    vision: Any = CLIPVisionConfig.from_dict(dict(config.mm_vision_config))
     side = vision.image_size // vision.patch_size
     class_token = getattr(config, "mm_vision_select_feature", None) == "cls_patch"
-    return LlavaConfig(
-        text_config={**text, "model_type": backbone, "vocab_size": rows, "pad_token_id": pad_token},
-        vision_config=vision.to_diff_dict(),
-        image_token_index=image_token,
-        image_seq_length=side * side + int(class_token),
-        projector_hidden_act="gelu",
-        vision_feature_layer=config.mm_vision_select_layer,
-        vision_feature_select_strategy="full" if class_token else "default",
-        pad_token_id=pad_token,
-        tie_word_embeddings=config.tie_word_embeddings,
-        **carried,
-    )
+    values = {
+        "text_config": {**text, "model_type": backbone, "vocab_size": rows, "pad_token_id": pad_token},
+        "vision_config": vision.to_diff_dict(),
+        "image_token_index": image_token,
+        "image_seq_length": side * side + int(class_token),
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": config.mm_vision_select_layer,
+        "vision_feature_select_strategy": "full" if class_token else "default",
+        "pad_token_id": pad_token,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+    return LlavaConfig(**(values | carried))
 
 
 def padded_vocabulary(tokens: int) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from duet import DuetConfig
 from llava.constants import (
@@ -25,14 +26,17 @@ from llava.model.splice import SplicedInputs, assign_features, image_slots, pad,
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 
 class LlavaMetaModel:
     """Mixin for the inner decoder: it also owns the vision tower and the projector."""
 
+    config: Any
+    dtype: Any
+
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__(config)  # pyright: ignore[reportCallIssue]
         if getattr(config, "mm_vision_tower", None):
             self.vision_tower = build_vision_tower(config, delay_load=True)
             self.mm_projector = build_vision_projector(config)
@@ -95,8 +99,10 @@ class LlavaMetaModel:
 class LlavaMetaForCausalLM(ABC):
     """Mixin for the causal language model: pictures in, spliced embeddings out."""
 
+    config: Any
+
     @abstractmethod
-    def get_model(self):
+    def get_model(self) -> Any:
         """Return the inner decoder."""
 
     def get_vision_tower(self):
@@ -198,8 +204,7 @@ class LlavaMetaForCausalLM(ABC):
             rows.append(splice_row(input_ids[row][keep], labels[row][keep], [features[i] for i in indices], embed))
         limit = getattr(self.config, "tokenizer_model_max_length", None)
         if limit is not None and any(len(row.labels) > limit for row in rows):
-            longest = max(len(row.labels) for row in rows)
-            logger.warning("a sample of %d positions was cut to tokenizer_model_max_length=%d", longest, limit)
+            logger.warning_once(f"samples longer than tokenizer_model_max_length={limit} with their pictures are cut")
         return pad(truncate(rows, limit), getattr(self.config, "tokenizer_padding_side", None) or "right")
 
     def _refuse_slots(self, input_ids: Tensor) -> None:
@@ -248,18 +253,20 @@ class LlavaMetaForCausalLM(ABC):
         Raises:
             ValueError: The projector file's embedding rows do not fit the new tokens.
         """
+        model: Any = self
         if model_args.mm_use_im_patch_token:
             tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
-            self.resize_token_embeddings(len(tokenizer))
+            model.resize_token_embeddings(len(tokenizer))
         if model_args.mm_use_im_start_end:
             added = tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
-            self.resize_token_embeddings(len(tokenizer))
+            model.resize_token_embeddings(len(tokenizer))
             self._initialize_new_rows(model_args, added)
         elif model_args.mm_use_im_patch_token and getattr(model_args, "tune_mm_mlp_adapter", False):
             self._train_embeddings(inputs=False)
 
     def _initialize_new_rows(self, model_args, added: int) -> None:
-        inputs, outputs = self.get_input_embeddings().weight, self.get_output_embeddings().weight
+        model: Any = self
+        inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         if added > 0:
             with torch.no_grad(), gathered([inputs, outputs]):
                 for weight in (inputs, outputs):
@@ -280,5 +287,6 @@ class LlavaMetaForCausalLM(ABC):
                 inputs[-added:] = stored[-added:].to(inputs)
 
     def _train_embeddings(self, inputs: bool) -> None:
-        self.get_input_embeddings().requires_grad_(inputs)
-        self.get_output_embeddings().requires_grad_(False)
+        model: Any = self
+        model.get_input_embeddings().requires_grad_(inputs)
+        model.get_output_embeddings().requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
@@ -50,7 +51,7 @@ def make_config(config_class, raw: dict, kwargs: dict):
 
 def load_pretrained(
     cls, parent, path, *model_args, config=None, output_loading_info=False, config_overrides=None, **kwargs
-):
+) -> Any:
     """`from_pretrained` for LLaVA classes; see `LlavaCausalLM.from_pretrained`.
 
     Args:

@@ -6,6 +6,7 @@ One class serves every backbone; `llava_llama.py` and `llava_mistral.py` only na
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,12 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         save_pretrained: writes LLaVA's layout.
     """
 
+    config: Any
+    model: Any
+    lm_head: Any
+    generation_config: Any
+    training: bool
+
     _keys_to_ignore_on_load_unexpected = frozenset({r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$"})
 
     @property
@@ -45,7 +52,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             raise ValueError(f"config.loss_normalization is {kind!r}; use 'device' (mean on each device) or 'global'")
         return kind == "global"
 
-    def get_model(self):
+    def get_model(self) -> Any:
         """Return the inner decoder."""
         return self.model
 
@@ -108,13 +115,14 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = prepared
             # Another project's override returns a plain tuple; then no position is known to be visual.
             visual_mask = getattr(prepared, "visual_mask", None)
-        if inputs_embeds is None:
-            inputs_embeds = self.model.get_input_embeddings()(input_ids)
+        embeds: Any = inputs_embeds
+        if embeds is None:
+            embeds = self.model.get_input_embeddings()(input_ids)
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training
         out = run_decoder(
             self.model,
-            inputs_embeds,
+            embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             visual_mask=visual_mask,
@@ -127,7 +135,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             output_hidden_states=bool(output_hidden_states),
         )
         loss = None
-        if labels is not None:
+        if out.labels is not None:
             count = num_items_in_batch if self.accepts_loss_kwargs else None
             loss = causal_lm_loss(out.last_hidden_state, out.labels, self.lm_head, count)
         logits = None
@@ -176,13 +184,15 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             embeds = self.model.get_input_embeddings()(inputs.masked_fill(mask == 0, 0))
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        embeds: Any
         mask, (embeds, visual) = to_left_padding(mask.to(embeds.device), embeds, visual)
         if self.generation_config.max_length is not None and not {"max_length", "generation_config"} & set(kwargs):
             # Old checkpoints store max_length; next to max_new_tokens transformers would complain on every call.
             new_tokens = kwargs.pop("max_new_tokens", None)
             if new_tokens is not None:
                 kwargs["max_length"] = embeds.shape[1] + new_tokens
-        return super().generate(inputs_embeds=embeds, attention_mask=mask, visual_mask=visual, **kwargs)
+        host: Any = super()
+        return host.generate(inputs_embeds=embeds, attention_mask=mask, visual_mask=visual, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs
@@ -190,7 +200,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         """Hand pictures and visual positions to the first step; without a cache, the whole sequence to every step."""
         first_only = {key: kwargs.pop(key, None) for key in ("images", "image_sizes", "visual_mask")}
         prompt = inputs_embeds
-        model_inputs = super().prepare_inputs_for_generation(
+        host: Any = super()
+        model_inputs = host.prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -228,12 +239,13 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         Raises:
             ValueError: The checkpoint has missing or unexpected weights; they are named.
         """
-        parent = super().from_pretrained
-        return load_pretrained(cls, parent, pretrained_model_name_or_path, *model_args, **kwargs)
+        host: Any = super()
+        return load_pretrained(cls, host.from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         """Take an absent vision tower out of the host's report: stock weights fill it right afterwards."""
-        super()._adjust_missing_and_unexpected_keys(loading_info)
+        host: Any = super()
+        host._adjust_missing_and_unexpected_keys(loading_info)
         absent = {key for key in loading_info.missing_keys if key.startswith(TOWER_PREFIX)}
         loading_info.missing_keys -= absent
         self._absent_tower_keys = absent
@@ -246,13 +258,15 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             state_dict: Weights to write instead of the model's own, as the trainer passes them.
             **kwargs: As in `transformers`.
         """
+        model: Any = self
         clean_generation_config(self.generation_config)
         mapped = getattr(self, "_hf_peft_config_loaded", False) or getattr(self, "hf_quantizer", None) is not None
         offloaded = {"cpu", "disk"} & {str(d) for d in (getattr(self, "hf_device_map", None) or {}).values()}
-        if not mapped and not (offloaded and self.device.type != "cpu"):
-            state_dict = to_original_layout(self.state_dict() if state_dict is None else state_dict)
+        if not mapped and not (offloaded and str(model.device) != "cpu"):
+            state_dict = to_original_layout(model.state_dict() if state_dict is None else state_dict)
             kwargs["save_original_format"] = False
-        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        host: Any = super()
+        host.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         tower = self.get_vision_tower()
         if tower is not None and kwargs.get("is_main_process", True) and os.path.isdir(save_directory):
             tower.image_processor.save_pretrained(save_directory)

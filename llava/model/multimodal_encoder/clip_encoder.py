@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from llava.model.paths import resolve_path
 
 # Geometry of the two towers that LLaVA checkpoints name, so that a checkpoint which brings its own tower weights can
 # be opened without the hub. Source: the configurations published with the CLIP weights.
-_CLIP_L14 = {
+_CLIP_L14: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -79,7 +80,7 @@ class CLIPVisionTower(nn.Module):
         self._checkpoint = getattr(args, "_name_or_path", "") or ""
         self._image_processor = None
         self.register_load_state_dict_pre_hook(_drop_old_level)
-        self.vision_tower: CLIPVisionModel | None = None
+        self.vision_tower: Any = None
         if delay_load:
             self.cfg_only = tower_geometry(vision_tower, args)
             self.vision_tower = CLIPVisionModel(self.cfg_only)
@@ -98,7 +99,7 @@ class CLIPVisionTower(nn.Module):
         built = self.vision_tower
         dtype = torch.float32 if built is None else built.dtype
         try:
-            stock = CLIPVisionModel.from_pretrained(
+            stock: Any = CLIPVisionModel.from_pretrained(
                 self._path or self.vision_tower_name, dtype=dtype, device_map=device_map
             )
         except OSError as error:
@@ -181,7 +182,7 @@ class CLIPVisionTower(nn.Module):
         return self.vision_tower.device
 
     @property
-    def config(self) -> CLIPVisionConfig:
+    def config(self) -> Any:
         """Configuration of the CLIP model."""
         return self.vision_tower.config
 
