@@ -70,13 +70,14 @@ class Shape:
         config = LlavaConfig(
             vision_config=vision,
             text_config=text,
-            image_token_id=self.vocabulary - 1,
+            image_token_index=self.vocabulary - 1,
             vision_feature_layer=-2,
             vision_feature_select_strategy="default",
         )
         config._attn_implementation = attention
         torch.manual_seed(0)
-        model = LlavaForConditionalGeneration(config).to(device, dtype)
+        model: nn.Module = LlavaForConditionalGeneration(config)
+        model = nn.Module.to(model, device=device, dtype=dtype)
         Parts.of_llava(model)  # fail here, not in the middle of a run
         model.get_submodule("model.vision_tower").requires_grad_(False)
         return model.eval()
@@ -268,7 +269,9 @@ def run_case(
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m duet.bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m duet.bench", description="Time and memory of full tokens and DUET."
+    )
     parser.add_argument(
         "--quick", action="store_true", help="a small model and few rounds: checks the tool, not the speed"
     )

@@ -171,7 +171,7 @@ def _cpu_peak(run: Callable[[], object]) -> int:
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     current = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
+        current += event.nbytes()  # type: ignore[attr-defined]
         peak = max(peak, current)
     return peak
 

@@ -1,6 +1,6 @@
 """The README's tree, made from the files: `python tests/structure/readme_tree.py` writes it again.
 
-A Python file is described by the first sentence of its docstring, a shell script by its first comment.
+A Python file is described by the first sentence of its docstring, a shell script by its first comment, a page by its title.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def describe(name: str) -> str:
     path = ROOT / name
     if path.is_dir():
         return first_sentence(path / "__init__.py") if (path / "__init__.py").exists() else ""
-    return first_sentence(path) if path.suffix in {".py", ".sh"} else ""
+    return first_sentence(path) if path.suffix in {".py", ".sh", ".md"} else ""
 
 
 def entries() -> list[str]:
