@@ -1,6 +1,7 @@
 """The README's tree, made from the files: `python tests/structure/readme_tree.py` writes it again.
 
-A Python file is described by the first sentence of its docstring, a shell script by its first comment, a page by its title.
+A Python file is described by the first sentence of its docstring, a shell script by its first comment, and a page by
+its title.
 """
 
 from __future__ import annotations
