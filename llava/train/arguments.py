@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -225,11 +226,16 @@ def parse_arguments(argv: list[str] | None = None) -> RunArguments:
         The flags, by group.
 
     Raises:
-        ValueError: a value is not allowed.  SystemExit: an unknown flag.
+        ValueError: an unknown flag, or a value that is not allowed.
     """
     argv, notices = normalise_argv(list(sys.argv[1:] if argv is None else argv))
     groups: Any = (ModelArguments, DataArguments, TrainingArguments, ReductionArguments)
     parser = transformers.HfArgumentParser(groups, allow_abbrev=False)
+    _, rest = parser.parse_known_args(argv)
+    if rest:
+        flags = [f"--{item.name}" for group in groups for item in fields(group)]
+        near = difflib.get_close_matches(rest[0], flags, n=3)
+        raise ValueError(f"{rest[0]} is not a training flag" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     model, data, training, reduction = parser.parse_args_into_dataclasses(args=argv)
     for notice in notices:
         if runtime.is_rank0():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, set_seed
 
 from llava import conversation as conversation_lib
 from llava.model.language_model.causal_lm import clean_generation_config
@@ -208,6 +208,8 @@ def build(args: RunArguments, attention: str) -> tuple[Any, Any]:
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.gradient_checkpointing)
     tokenizer = set_up_tokenizer(args, model)
+    # New weights start the same whatever loading drew before them: ZeRO-3 draws other numbers than one rank does.
+    set_seed(training.seed)
     if training.lora_enable:
         model = apply_lora(model, training)
     if model_args.vision_tower is not None:

@@ -217,7 +217,7 @@ class RunLog:
             import wandb
 
             try:
-                self.wandb.finish(quiet=True)
+                self.wandb.finish()
             except (wandb.Error, OSError) as err:
                 logger.warning("wandb could not finish its run: %s", err)
             self.wandb = None

@@ -1,0 +1,167 @@
+"""The argument lists of public LLaVA and DUET scripts parse, and wrong values are refused with a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import train_world
+
+from llava.train.arguments import parse_arguments
+from llava.train.argv import normalise_argv
+
+DEEPSPEED = str(train_world.ROOT / "scripts")
+
+COMMON = """--bf16 True --output_dir OUT --num_train_epochs 1 --per_device_train_batch_size 16
+--per_device_eval_batch_size 4 --gradient_accumulation_steps 1 --evaluation_strategy no --save_strategy steps
+--save_steps 50000 --save_total_limit 1 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
+--logging_steps 1 --tf32 True --model_max_length 2048 --gradient_checkpointing True --dataloader_num_workers 4
+--lazy_preprocess True --report_to wandb --vision_tower openai/clip-vit-large-patch14-336 --mm_vision_select_layer -2
+--mm_use_im_start_end False --mm_use_im_patch_token False --data_path data.json --image_folder images"""
+
+# What the published scripts pass beyond that; names and values are facts of those scripts.
+SCRIPTS = {
+    "llava pretrain": "--deepspeed ZERO2 --model_name_or_path lmsys/vicuna-7b-v1.5 --version plain "
+    "--mm_projector_type mlp2x_gelu --tune_mm_mlp_adapter True --learning_rate 1e-3",
+    "llava finetune": "--deepspeed ZERO3 --model_name_or_path lmsys/vicuna-7b-v1.5 --version v1 "
+    "--pretrain_mm_mlp_adapter ./mm_projector.bin --mm_projector_type mlp2x_gelu --image_aspect_ratio pad "
+    "--group_by_modality_length True --learning_rate 2e-5",
+    "llava finetune lora": "--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --deepspeed ZERO3 "
+    "--model_name_or_path lmsys/vicuna-7b-v1.5 --version v1 --pretrain_mm_mlp_adapter ./mm_projector.bin "
+    "--mm_projector_type mlp2x_gelu --image_aspect_ratio pad --group_by_modality_length True --learning_rate 2e-4",
+    "llava finetune task lora": "--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 "
+    "--deepspeed ZERO3 --model_name_or_path liuhaotian/llava-v1.5-13b --version v1 --mm_projector_type mlp2x_gelu "
+    "--image_aspect_ratio pad --group_by_modality_length True --learning_rate 2e-4",
+    "llava qlora": "--deepspeed ZERO2 --lora_enable True --bits 4 --model_name_or_path vicuna --version v1 "
+    "--pretrain_mm_mlp_adapter ./mm_projector.bin --learning_rate 2e-5",
+    "llava first version": "--model_name_or_path vicuna --version v0 --fsdp_transformer_layer_cls_to_wrap "
+    "LlamaDecoderLayer --tune_mm_mlp_adapter True --learning_rate 2e-3",
+    "llava next style": "--deepspeed ZERO2 --model_name_or_path vicuna --version v1 --mm_projector_type mlp2x_gelu "
+    "--mm_vision_tower_lr 2e-6 --mm_tunable_parts mm_vision_tower,mm_mlp_adapter,mm_language_model "
+    "--image_aspect_ratio anyres --image_grid_pinpoints [(336,672),(672,336)] --mm_patch_merge_type spatial_unpad "
+    "--learning_rate 2e-5",
+    "duet pretrain": "--deepspeed ZERO2 --model_name_or_path lmsys/vicuna-7b-v1.5 --version plain "
+    "--mm_projector_type mlp2x_gelu --tune_mm_mlp_adapter True --learning_rate 1e-3 --layer_list [16,24] "
+    "--image_token_ratio_list [0.5,0.0] --dominant_num 300 --context_num 7 --cluster_width 4",
+    "duet finetune": "--deepspeed ZERO3 --model_name_or_path lmsys/vicuna-7b-v1.5 --version v1 "
+    "--pretrain_mm_mlp_adapter ./mm_projector.bin --mm_projector_type mlp2x_gelu --image_aspect_ratio pad "
+    "--group_by_modality_length True --learning_rate 2e-5 --layer_list [16,24] --image_token_ratio_list [0.5,0.0] "
+    "--dominant 300 --contextual 7 --cluster_width 4 --use_salient_tokens True",
+    "duet debugging aids": "--model_name_or_path vicuna --version v1 --monitor_grads True --monitor_grads_every 20 "
+    "--raise_on_nan_grad True --tokenizer_model_max_length 3072 --learning_rate 2e-5 --duet_tokens 128",
+}
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+def script(name: str, output: object) -> list[str]:
+    text = f"{SCRIPTS[name]} {COMMON}".replace("OUT", str(output))
+    return text.replace("ZERO2", f"{DEEPSPEED}/zero2.json").replace("ZERO3", f"{DEEPSPEED}/zero3.json").split()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_public_script_parses(name, tmp_path):
+    args = parse_arguments(script(name, tmp_path))
+    training = args.training
+    assert training.eval_strategy == "no"
+    assert training.warmup_steps == 0.03
+    assert training.get_warmup_steps(1000) == 30
+    assert training.model_max_length == 2048
+    assert training.log_to_wandb and training.report_to == []
+    assert training.optim == "adamw_torch"
+    assert args.model.mm_vision_select_layer == -2
+    assert not args.model.mm_use_im_patch_token
+    if "ZERO3" in SCRIPTS[name]:
+        assert training.hf_deepspeed_config.is_zero3()
+    if name.startswith("duet") and "--layer_list" in SCRIPTS[name]:
+        config = args.reduction.to_config(None)
+        assert (config.dominant, config.contextual, config.cluster_width) == (300, 7, 4)
+        assert config.schedule == {16: 0.5, 24: 0.0}
+    elif not name.startswith("duet"):
+        assert args.reduction.to_config(None) is None
+    if "--lora_r 128" in SCRIPTS[name]:
+        assert (training.lora_r, training.lora_alpha, training.mm_projector_lr) == (128, 256, 2e-5)
+
+
+def test_defaults_are_those_of_llava(tmp_path):
+    args = parse_arguments(["--output_dir", str(tmp_path)])
+    model, data, training = args.model, args.data, args.training
+    assert model.model_name_or_path == "facebook/opt-125m"
+    assert (model.version, model.mm_vision_select_layer, model.mm_projector_type) == ("v0", -1, "linear")
+    assert model.mm_use_im_patch_token and not model.mm_use_im_start_end
+    assert (model.mm_patch_merge_type, model.mm_vision_select_feature) == ("flat", "patch")
+    assert data.image_aspect_ratio == "square" and not data.is_multimodal
+    assert training.model_max_length == 512 and training.optim == "adamw_torch"
+    assert (training.lora_r, training.lora_alpha, training.lora_dropout, training.lora_bias) == (64, 16, 0.05, "none")
+    assert (training.bits, training.quant_type, training.double_quant) == (16, "nf4", True)
+    assert training.remove_unused_columns is False and training.mm_projector_lr is None
+
+
+def test_removed_flags_are_mapped_with_a_notice():
+    argv, notices = normalise_argv(
+        words(
+            "--evaluation_strategy=no --warmup_ratio 0.1 --group_by_length True --save_safetensors True --tf32 False "
+            "--per_gpu_train_batch_size 3 --local_rank=1 --overwrite_output_dir"
+        )
+    )
+    assert argv == words(
+        "--eval_strategy no --warmup_steps 0.1 --train_sampling_strategy group_by_length --tf32 False "
+        "--per_device_train_batch_size 3"
+    )
+    assert len(notices) == 6
+    assert any("save_safetensors is ignored" in notice for notice in notices)
+
+
+def test_warmup_ratio_that_cannot_be_expressed():
+    with pytest.raises(ValueError, match=r"--warmup_ratio 1.5.*--warmup_steps"):
+        normalise_argv(["--warmup_ratio", "1.5"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--bits 3 --lora_enable True", "--bits 3"),
+        ("--bits 4", "--lora_enable True"),
+        ("--lora_bias some", "--lora_bias some"),
+        ("--on_bad_sample ignore", "--on_bad_sample ignore: expected error or skip"),
+        ("--scan_images maybe", "--scan_images maybe"),
+        ("--loss_normalization tokens", "--loss_normalization tokens"),
+        ("--remove_unused_columns True", "images"),
+        ("--video_tower x", "--video_tower"),
+        ("--tune_mm_mlp_adapter True", "--vision_tower"),
+    ],
+)
+def test_wrong_values_are_refused(extra, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(["--output_dir", str(tmp_path), *extra.split()])
+
+
+def test_an_unknown_flag_is_refused_with_a_suggestion(tmp_path):
+    with pytest.raises(ValueError, match=r"--learning_rat is not a training flag.*--learning_rate"):
+        parse_arguments(["--output_dir", str(tmp_path), "--learning_rat", "1e-3"])
+
+
+def test_cpu_deepspeed_sees_the_launchers_world(tmp_path, monkeypatch):
+    """Without an accelerator, accelerate would report a world of one whatever the launcher says."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    args = parse_arguments(["--output_dir", str(tmp_path), "--deepspeed", f"{DEEPSPEED}/zero3.json"])
+    assert args.training.world_size == 1
+    assert str(args.training.distributed_state.distributed_type).endswith("DEEPSPEED")
+    from llava.train.runtime import check_world_size
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"started 2 ranks .* sees 1"):
+        check_world_size(args.training.world_size)
+
+
+def test_attention_falls_back_with_a_notice():
+    from llava.train.runtime import resolve_attention
+
+    assert resolve_attention(None) == ("sdpa", None)
+    assert resolve_attention("eager") == ("eager", None)
+    if not torch.cuda.is_available():
+        kind, notice = resolve_attention("flash_attention_2")
+        assert kind == "sdpa" and "flash" in notice
+    with pytest.raises(ValueError, match="xformers"):
+        resolve_attention("xformers")

@@ -1,0 +1,128 @@
+"""Real launchers on two CPU ranks: ZeRO-3 with a text-only rank, equality with one rank, kill and resume, SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import train_world
+
+from llava.train.runtime import free_port
+
+SCRIPTS = train_world.ROOT / "scripts"
+pytestmark = pytest.mark.slow
+
+
+def start(arguments, launcher="deepspeed", **env):
+    """Start a training on two ranks; its output goes to the pipe."""
+    if launcher == "deepspeed":
+        head = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port()), "--module"]
+    else:
+        head = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m"]
+    command = [sys.executable, "-m", *head, "llava.train.train", *arguments]
+    return subprocess.Popen(
+        command,
+        env=train_world.environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=train_world.ROOT,
+    )
+
+
+def finish(process, limit=240):
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            child.kill()
+        pytest.fail(f"no end after {limit} s: the ranks wait for each other\n{process.communicate()[0][-3000:]}")
+    return process.returncode, output
+
+
+@pytest.fixture
+def text_rank_data(tmp_path):
+    """Records whose order, unshuffled in pairs, often gives one rank text only: three of four have no picture."""
+    return train_world.write_data(tmp_path / "data", count=16, text_only=12)
+
+
+def test_zero3_with_text_only_ranks_equals_one_rank(train, flags, tmp_path, text_rank_data):
+    """Two ranks see the passes that one rank accumulates, so losses and weights have to agree; and nothing hangs."""
+    import torch
+    from safetensors.torch import load_file
+
+    shared = {"data_path": text_rank_data[0], "image_folder": text_rank_data[1], "max_steps": 4, "save_steps": 4}
+    shared |= {"mm_projector_lr": 5e-4, "seed": 3}
+    zero3 = flags("zero3", deepspeed=SCRIPTS / "zero3.json", **shared)
+    code, output = finish(start(zero3))
+    assert code == 0, output[-3000:]
+    train("single", gradient_accumulation_steps=2, **shared)
+    one, two = train_world.losses(tmp_path, "single"), train_world.losses(tmp_path, "zero3")
+    assert sorted(one) == sorted(two) == [1, 2, 3, 4]
+    gaps = [abs(one[step] - two[step]) for step in one]
+    print(f"2 ranks (ZeRO-3) against 1 rank: loss differs by at most {max(gaps):.2e}, on average {sum(gaps) / 4:.2e}")
+    assert max(gaps) < 1e-4
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("single", "zero3"))
+    assert set(first) == set(second)
+    assert all(torch.allclose(first[key], second[key], atol=2e-4) for key in first)
+    lines = [line for line in train_world.figures(tmp_path, "zero3") if "loss" in line]
+    assert all(line["lr_mm_projector"] == pytest.approx(line["learning_rate"] / 2) for line in lines)
+
+
+def test_torchrun_without_deepspeed_equals_one_rank(train, flags, tmp_path):
+    shared = {"max_steps": 3, "save_strategy": "no", "captions": True}
+    code, output = finish(start(flags("ddp", **shared), launcher="torchrun"))
+    assert code == 0, output[-3000:]
+    train("single", gradient_accumulation_steps=2, **shared)
+    one, two = train_world.losses(tmp_path, "single"), train_world.losses(tmp_path, "ddp")
+    assert sorted(one) == sorted(two) == [1, 2, 3]
+    assert max(abs(one[step] - two[step]) for step in one) < 1e-5
+
+
+def wait_for(condition, process, limit=200):
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def test_kill_9_under_zero2_then_the_same_command_resumes(flags, tmp_path):
+    """Mid-run SIGKILL of everything, twelve steps; the second start ends with the losses of an uninterrupted run."""
+    shared = {"max_steps": 12, "save_steps": 3, "num_train_epochs": 9, "deepspeed": SCRIPTS / "zero2.json"}
+    code, output = finish(start(flags("whole", **shared)))
+    assert code == 0, output[-3000:]
+    process = start(flags("killed", **shared))
+    marker = tmp_path / "killed" / "checkpoint-6" / "checkpoint_complete.json"
+    wait_for(marker.is_file, process)
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim.kill()
+    process.communicate()
+    assert not (tmp_path / "killed" / "run_complete.json").exists()
+    code, output = finish(start(flags("killed", **shared)))
+    assert code == 0, output[-3000:]
+    records = [json.loads(line) for line in (tmp_path / "killed" / "train_log.jsonl").read_text().splitlines()]
+    assert any(record["kind"] == "resume" for record in records)
+    whole, killed = train_world.losses(tmp_path, "whole"), train_world.losses(tmp_path, "killed")
+    assert sorted(whole) == sorted(killed)
+    gaps = [abs(whole[step] - killed[step]) for step in whole]
+    print(f"resumed against uninterrupted: at most {max(gaps):.2e}, on average {sum(gaps) / len(gaps):.2e}")
+    assert max(gaps) < 1e-5
+
+
+def test_sigterm_to_the_launcher_saves_and_exits_with_143(flags, tmp_path):
+    process = start(flags("out", max_steps=4000, save_steps=4000, deepspeed=SCRIPTS / "zero2.json"))
+    log = tmp_path / "out" / "train_log.jsonl"
+    wait_for(lambda: log.is_file() and '"loss"' in log.read_text(), process)
+    os.kill(process.pid, signal.SIGTERM)
+    code, output = finish(process)
+    assert code == 143, output[-3000:]
+    assert "SIGTERM: saved" in output
+    saved = list((tmp_path / "out").glob("checkpoint-*/checkpoint_complete.json"))
+    assert len(saved) == 1
