@@ -22,7 +22,7 @@ from torch import nn
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from playground.tiny.parallel import Clock, average_gradients, rank, world
-from playground.tiny.questions import CHANCE, KINDS, ask, caption, text_turn
+from playground.tiny.questions import CHANCE, KINDS, Turn, ask, caption, place_turn, text_turn
 from playground.tiny.scenes import PlacedDigit, make_scene
 from playground.tiny.tokenizer import SYSTEM_PROMPT, build_tokenizer
 from playground.tiny.tower import BACKBONE_SEED, NONE_CLASS, SELECT_LAYER, normalise, patch_targets
@@ -43,19 +43,20 @@ class LlmRecipe:
     scenes: int = 5000
     batch: int = 40
     learning_rate: float = 1.5e-3
-    minutes: float = 30.0
-    questions: int = 8
+    minutes: float = 43.0
+    questions: int = 9
     # (share of the time at which a phase ends, visual tokens, samples per batch as a share of `batch`)
-    phases: tuple[tuple[float, int, float], ...] = ((0.65, 64, 1.0), (0.85, 200, 0.6), (2.0, 576, 0.4))
+    phases: tuple[tuple[float, int, float], ...] = ((0.45, 64, 1.0), (0.55, 200, 0.6), (2.0, 576, 0.4))
     mix: dict[str, float] = field(
         default_factory=lambda: {
             "exists": 2.0,
-            "count": 0.7,
-            "corner": 1.0,
-            "extreme": 1.5,
-            "relation": 2.0,
+            "count": 0.8,
+            "corner": 1.2,
+            "extreme": 1.2,
+            "relation": 2.2,
             "choice": 1.5,
-            "order": 1.5,
+            "order": 1.0,
+            "place": 1.5,
         }
     )
 
@@ -149,9 +150,9 @@ def questions_sample(
     writer: Writer, digits: tuple[PlacedDigit, ...], rng: np.random.Generator, recipe: LlmRecipe
 ) -> Sample:
     """Several questions on one image, as parallel branches or (one time in five) as turns of one conversation."""
-    weights = np.array([recipe.mix[k] for k in KINDS])
-    kinds = rng.choice(KINDS, size=recipe.questions, p=weights / weights.sum())
-    turns = [turn for kind in kinds if (turn := ask(str(kind), digits, rng))]
+    weights = np.array(list(recipe.mix.values()))
+    kinds = rng.choice(list(recipe.mix), size=recipe.questions, p=weights / weights.sum())
+    turns = [turn for kind in kinds if (turn := _turn(str(kind), digits, rng))]
     ids = [*writer.prefix, VISUAL]
     labels, branch = [IGNORE] * len(ids), [0] * len(ids)
     if rng.random() < 0.2:
@@ -164,6 +165,10 @@ def questions_sample(
         new_ids, new_labels = writer.labelled(f"\n{question} ASSISTANT: {answer}</s>")
         ids, labels, branch = ids + new_ids, labels + new_labels, branch + [number] * len(new_ids)
     return Sample(ids, labels, branch)
+
+
+def _turn(kind: str, digits: tuple[PlacedDigit, ...], rng: np.random.Generator) -> Turn | None:
+    return place_turn(digits, rng) if kind == "place" else ask(kind, digits, rng)
 
 
 def caption_sample(writer: Writer, digits: tuple[PlacedDigit, ...]) -> Sample:

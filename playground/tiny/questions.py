@@ -123,6 +123,16 @@ def ask(kind: str, digits: tuple[PlacedDigit, ...], rng: np.random.Generator) ->
     return _MAKERS[kind](digits, rng)
 
 
+def place_turn(digits: tuple[PlacedDigit, ...], rng: np.random.Generator) -> Turn:
+    """Where a named digit is, or that it is not there. Only the training of the language model uses it: it teaches to
+    find the patch that a word names, which yes/no answers alone teach late."""
+    cell = IMAGE_SIZE / 10
+    wanted = int(rng.choice([d.value for d in digits])) if rng.random() < 0.6 else int(rng.integers(10))
+    found = [d for d in digits if d.value == wanted]
+    answer = f"{wanted} at {int(found[0].x // cell)} {int(found[0].y // cell)}" if found else "No"
+    return f"Describe the {wanted}.", answer
+
+
 def text_turn(rng: np.random.Generator) -> Turn:
     """One question that needs no image."""
     a, b, c = (int(v) for v in rng.permutation(10)[:3])

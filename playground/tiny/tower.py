@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from playground.tiny.parallel import Clock, average_gradients, rank, world
 from playground.tiny.scenes import IMAGE_SIZE, PlacedDigit, make_scene, make_window
@@ -62,10 +62,10 @@ def tower_config(recipe: TowerRecipe) -> CLIPVisionConfig:
     )
 
 
-def image_processor() -> CLIPImageProcessor:
+def image_processor() -> CLIPImageProcessorPil:
     """CLIP's preprocessing at 336 px."""
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return CLIPImageProcessor(
+    return CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size=side, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD)
     )
 
