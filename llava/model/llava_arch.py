@@ -22,7 +22,7 @@ from llava.model.anyres import merge_single, merge_tiles, unpad_image
 from llava.model.checkpoints import gathered, load_projector_weights, read_projector_file
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.splice import SplicedInputs, assign_features, image_slots, pad, splice_row, truncate
+from llava.model.splice import SplicedInputs, assign_features, embed_text, image_slots, pad, splice_row, truncate
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 
@@ -197,11 +197,13 @@ class LlavaMetaForCausalLM(ABC):
         valid = valid | (input_ids == IMAGE_TOKEN_INDEX)
         if labels is None:
             labels = torch.full_like(input_ids, IGNORE_INDEX)
-        embed = self.get_model().get_input_embeddings()
-        rows = []
-        for row, indices in enumerate(assign_features(image_slots(input_ids), len(features))):
-            keep = valid[row]
-            rows.append(splice_row(input_ids[row][keep], labels[row][keep], [features[i] for i in indices], embed))
+        dealt = assign_features(image_slots(input_ids), len(features))
+        ids = [row[keep] for row, keep in zip(input_ids, valid, strict=True)]
+        texts = embed_text(ids, self.get_model().get_input_embeddings())
+        rows = [
+            splice_row(ids[row], labels[row][valid[row]], [features[i] for i in indices], texts[row])
+            for row, indices in enumerate(dealt)
+        ]
         limit = getattr(self.config, "tokenizer_model_max_length", None)
         if limit is not None and any(len(row.labels) > limit for row in rows):
             logger.warning_once(f"samples longer than tokenizer_model_max_length={limit} with their pictures are cut")

@@ -95,7 +95,23 @@ def _mismatch(slots: list[int], given: int, wanted: int, text_rows: int) -> str:
     )
 
 
-def splice_row(ids: Tensor, labels: Tensor, features: list[Tensor], embed: nn.Module) -> Row:
+def embed_text(rows: list[Tensor], embed: nn.Module) -> list[Tensor]:
+    """Embed the text tokens of all rows in one call.
+
+    One call, because under ZeRO-3 every rank must call every module equally often, whatever its batch is.
+
+    Args:
+        rows: token ids [T_i] of each sample, image slots included.
+        embed: the embedding table.
+
+    Returns:
+        For each row [T_i - slots_i, D].
+    """
+    texts = [ids[ids != IMAGE_TOKEN_INDEX] for ids in rows]
+    return list(embed(torch.cat(texts)).split([len(text) for text in texts]))
+
+
+def splice_row(ids: Tensor, labels: Tensor, features: list[Tensor], text: Tensor) -> Row:
     """Replace every image slot of one sample by its features.
 
     Args:
@@ -103,12 +119,11 @@ def splice_row(ids: Tensor, labels: Tensor, features: list[Tensor], embed: nn.Mo
         labels: [T].
         features: one [K, D] per slot. A row without slots may bring one placeholder, of which it takes nothing, so
             that the projector stays in the graph of a text-only batch.
-        embed: the embedding table.
+        text: [T - slots, D], the embedded text tokens.
 
     Shapes: L = T - slots + sum of K.
     """
     slots = (ids == IMAGE_TOKEN_INDEX).nonzero(as_tuple=True)[0].tolist()
-    text = embed(ids[ids != IMAGE_TOKEN_INDEX])
     features = [feature.to(device=text.device, dtype=text.dtype) for feature in features]
     if not slots:
         embeds = torch.cat([text, *(feature[:0] for feature in features)])

@@ -8,7 +8,7 @@ from model_helpers import IMAGE, golden_model, pixels
 from torch import nn
 
 from llava.model.anyres import merge_single, merge_tiles, unpad_image
-from llava.model.splice import assign_features, image_slots, pad, splice_row, to_left_padding, truncate
+from llava.model.splice import assign_features, embed_text, image_slots, pad, splice_row, to_left_padding, truncate
 
 WIDTH = 4
 EMBED = nn.Embedding(50, WIDTH)
@@ -27,12 +27,14 @@ def rows(draw):
 @given(rows(), st.sampled_from(["left", "right"]))
 def test_every_position_is_where_it_belongs(case, side):
     batch, lengths = case
-    spliced, expected = [], []
-    for row, sizes in zip(batch, lengths, strict=True):
-        ids = torch.tensor([IMAGE if token is None else token for token in row])
+    spliced, expected, all_ids = [], [], []
+    for row in batch:
+        all_ids.append(torch.tensor([IMAGE if token is None else token for token in row]))
+    texts = embed_text(all_ids, EMBED)
+    for row, sizes, ids, text in zip(batch, lengths, all_ids, texts, strict=True):
         labels = torch.tensor([-100 if token is None else token for token in row])
         features = [torch.full((size, WIDTH), 100.0 + i) for i, size in enumerate(sizes)]
-        spliced.append(splice_row(ids, labels, features, EMBED))
+        spliced.append(splice_row(ids, labels, features, text))
         want, pictures = [], iter(enumerate(sizes))
         for token in row:
             if token is None:
@@ -89,7 +91,8 @@ def test_left_padding_moves_tokens_and_keeps_their_order():
 
 
 def test_truncation_cuts_everything_alike():
-    row = splice_row(torch.tensor([3, IMAGE, 4]), torch.tensor([3, -100, 4]), [torch.ones(5, WIDTH)], EMBED)
+    ids = torch.tensor([3, IMAGE, 4])
+    row = splice_row(ids, ids, [torch.ones(5, WIDTH)], *embed_text([ids], EMBED))
     (cut,) = truncate([row], 4)
     assert len(cut.embeds) == len(cut.labels) == len(cut.visual) == 4
     assert truncate([row], None)[0] is row
@@ -97,7 +100,8 @@ def test_truncation_cuts_everything_alike():
 
 def test_a_text_row_keeps_the_projector_in_the_graph():
     feature = torch.ones(3, WIDTH, requires_grad=True)
-    row = splice_row(torch.tensor([3, 4]), torch.tensor([3, 4]), [feature], EMBED)
+    ids = torch.tensor([3, 4])
+    row = splice_row(ids, ids, [feature], *embed_text([ids], EMBED))
     assert len(row.embeds) == 2 and not row.visual.any()
     row.embeds.sum().backward()
     assert feature.grad is not None and not feature.grad.any()
@@ -192,3 +196,22 @@ def test_unpad_and_tile_merge_give_the_known_token_counts():
 
 def test_slots_are_counted_per_row():
     assert image_slots(torch.tensor([[1, IMAGE, IMAGE], [1, 2, 3]])) == [2, 0]
+
+
+def test_a_batch_calls_every_module_once_whatever_it_holds(model):
+    """Under ZeRO-3 a rank whose batch needs more calls than another's would hang both."""
+    calls = []
+    watched = {
+        "tower": model.get_vision_tower(),
+        "projector": model.get_model().mm_projector,
+        "text": model.get_input_embeddings(),
+    }
+    hooks = [module.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, module in watched.items()]
+    picture = pixels("coffee")
+    for rows, count in (([[1, 5, 6]], 1), ([[1, IMAGE, 6], [1, 5, 6], [IMAGE, IMAGE, 7]], 4), ([[IMAGE, 5, 7]], 1)):
+        calls.clear()
+        with torch.no_grad():
+            model.prepare_inputs_labels_for_multimodal(torch.tensor(rows), None, None, None, None, [picture] * count)
+        assert sorted(calls) == ["projector", "text", "tower"]
+    for hook in hooks:
+        hook.remove()
