@@ -23,6 +23,7 @@ from transformers import AutoProcessor, LlamaForCausalLM, LlavaForConditionalGen
 
 from duet import DuetConfig
 from llava.convert import extract_projector, main
+from llava.mm_utils import process_images
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoints import (
@@ -320,3 +321,30 @@ def test_mistral(tmp_path):
     loaded.set_reduction(DuetConfig(dominant=20, contextual=2, schedule={4: 0.5}))
     out = loaded.generate(torch.tensor([[1, 5, -200, 6]]), images=pixels("coffee")[None], max_new_tokens=3)
     assert out.shape[1] <= 3
+
+
+def test_a_tiled_checkpoint_has_its_newline_and_lays_tiles_out(tmp_path):
+    """LLaVA-1.6's structure in inference: spatial_unpad with `model.image_newline` from the file."""
+    grid = [[336, 672], [672, 336], [672, 672]]
+    folder = copy_golden(
+        tmp_path / "m", mm_patch_merge_type="spatial_unpad", image_aspect_ratio="anyres", image_grid_pinpoints=grid
+    )
+    with pytest.raises(ValueError, match=r"1 missing key\(s\): model\.image_newline"):
+        load(folder)
+    newline = torch.randn(64)
+    edit_weights(folder, lambda state: state | {"model.image_newline": newline} | tower_state(True, seed=1))
+    _, model, image_processor, _ = load(folder)
+    assert torch.equal(model.get_model().image_newline, newline)
+    with Image.open(GOLDEN / "images" / "coffee.png") as image:
+        tall = image.convert("RGB").resize((300, 600))
+    tiles = process_images([tall], image_processor, model.config)
+    assert tiles.shape == (1, 3, 3, 336, 336)
+    out = model.prepare_inputs_labels_for_multimodal(
+        torch.tensor([[1, -200, 5]]), None, None, None, None, tiles, image_sizes=[tall.size]
+    )
+    assert out[4].shape[1] == 2 + 576 + 48 * (24 + 1)
+    assert torch.equal(out[4][0, 1 + 576 + 24], newline)
+    with pytest.raises(ValueError, match="image_sizes"):
+        model(input_ids=torch.tensor([[1, -200, 5]]), images=tiles)
+    model.save_pretrained(tmp_path / "again")
+    assert "model.image_newline" in load_file(tmp_path / "again" / "model.safetensors")
