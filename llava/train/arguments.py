@@ -89,12 +89,18 @@ class DataArguments:
             raise ValueError(f"--scan_images {self.scan_images}: expected none, open or decode")
         if self.video_folder is not None:
             raise ValueError("--video_folder: video training is not supported yet")
+        # No flags: filled in when the model is built.
+        self.image_processor: Any = None
+        self.mm_use_im_start_end = False
+        self.visual_tokens_per_image: int | None = None
+        self.bad_sample_file: str | None = None
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """How it is trained: everything of Hugging Face, plus LLaVA's own flags."""
 
+    output_dir: str = field(default="checkpoints/run", metadata={"help": "folder of the run"})
     cache_dir: str | None = field(default=None, metadata={"help": "hub cache"})
     optim: str = field(default="adamw_torch", metadata={"help": "optimizer"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay False, or images are dropped"})
@@ -137,6 +143,9 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check()
+        # No flags: copies of the model's flags for the trainer.
+        self.tune_mm_mlp_adapter = False
+        self.use_im_start_end = False
         self.log_to_wandb = self._take_wandb()
         self._downgrade_tf32()
         self._use_current_checkpointing_names()
@@ -174,7 +183,7 @@ class TrainingArguments(transformers.TrainingArguments):
     def _downgrade_tf32(self) -> None:
         if not self.tf32:
             return
-        from transformers.utils import is_torch_tf32_available
+        from transformers.utils.import_utils import is_torch_tf32_available
 
         if torch.version.hip is not None or not is_torch_tf32_available():
             logger.warning("--tf32 True: this machine has no tf32; continuing without it")

@@ -100,7 +100,7 @@ def set_up_vision(args: RunArguments, model: Any, tokenizer: Any) -> None:
     tower = inner.get_vision_tower()
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     tower.to(dtype=dtype, device=training.device)
-    data.image_processor = tower.image_processor  # pyright: ignore[reportAttributeAccessIssue]
+    data.image_processor = tower.image_processor
     data.is_multimodal = True
     config = inner.config
     config.image_aspect_ratio = data.image_aspect_ratio
@@ -110,9 +110,9 @@ def set_up_vision(args: RunArguments, model: Any, tokenizer: Any) -> None:
     config.tokenizer_model_max_length = training.tokenizer_model_max_length or training.model_max_length
     config.mm_projector_lr = training.mm_projector_lr
     config.mm_vision_tower_lr = training.mm_vision_tower_lr
-    config.mm_use_im_start_end = data.mm_use_im_start_end = model_args.mm_use_im_start_end  # pyright: ignore[reportAttributeAccessIssue]
+    config.mm_use_im_start_end = data.mm_use_im_start_end = model_args.mm_use_im_start_end
     config.mm_use_im_patch_token = model_args.mm_use_im_patch_token
-    training.use_im_start_end = model_args.mm_use_im_start_end  # pyright: ignore[reportAttributeAccessIssue]
+    training.use_im_start_end = model_args.mm_use_im_start_end
     inner.initialize_vision_tokenizer(model_args, tokenizer=tokenizer)
     reduction = args.reduction.to_config(inner.reduction)
     inner.set_reduction(reduction)
@@ -120,7 +120,7 @@ def set_up_vision(args: RunArguments, model: Any, tokenizer: Any) -> None:
         config.loss_normalization = "global"
     # Whole turns that would not fit the context with their images are left out by the dataset.
     patches = tower.num_patches
-    data.visual_tokens_per_image = patches if reduction is None else reduction.entering_tokens(patches)  # pyright: ignore[reportAttributeAccessIssue]
+    data.visual_tokens_per_image = patches if reduction is None else reduction.entering_tokens(patches)
 
 
 def tunable_parts(args: RunArguments) -> set[str]:
@@ -200,13 +200,13 @@ def build(args: RunArguments, attention: str) -> tuple[Any, Any]:
         ValueError: flags or weights that do not fit together; the message names them.
     """
     training, model_args = args.training, args.model
-    model = load_base(args, attention)
+    model: Any = load_base(args, attention)
     if model_args.freeze_backbone:
         model.get_decoder().requires_grad_(False)
     if training.bits != 16:
         from peft import prepare_model_for_kbit_training
 
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.gradient_checkpointing)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(training.gradient_checkpointing))
     tokenizer = set_up_tokenizer(args, model)
     # New weights start the same whatever loading drew before them: ZeRO-3 draws other numbers than one rank does.
     set_seed(training.seed)

@@ -65,9 +65,9 @@ class StopSignal:
 class StopCallback(TrainerCallback):
     """Saves and stops at the step boundary after SIGTERM."""
 
-    def __init__(self, stop: StopSignal) -> None:
+    def __init__(self, trainer: Any, stop: StopSignal) -> None:
+        self.trainer = trainer
         self.stop = stop
-        self.stopped_at: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on there is something to save."""
@@ -76,7 +76,7 @@ class StopCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Ask for a checkpoint and the end of the loop."""
         if self.stop.agreed(args.device):
-            self.stopped_at = state.global_step
+            self.trainer.stopped_at = state.global_step
             control.should_save = True
             control.should_training_stop = True
         return control
@@ -120,10 +120,10 @@ class EpochCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         """Walk through the wrappers to the sampler."""
-        layer = getattr(train_dataloader, "batch_sampler", None)
+        layer: Any = getattr(train_dataloader, "batch_sampler", None)
         while hasattr(layer, "batch_sampler"):
             layer = layer.batch_sampler
-        sampler = getattr(layer, "sampler", None)
+        sampler: Any = getattr(layer, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(int(state.epoch or 0))
 

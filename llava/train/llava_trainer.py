@@ -55,11 +55,20 @@ class LLaVATrainer(Trainer):
         *args, **kwargs: of `transformers.Trainer`.
     """
 
+    # The base class allows for None and for wrappers that do not occur here.
+    args: Any
+    model: Any
+    model_wrapped: Any
+    train_dataset: Any
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(self, *args: Any, run_log: RunLog | None = None, image_processor: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # LLaVA averages over each device's tokens; the model's **kwargs would make the Trainer use the global count.
         self.model_accepts_loss_kwargs = getattr(self.args, "loss_normalization", "per_device") == "global"
-        self.run_log = run_log
+        self.run_log = run_log or RunLog("", {}, active=False)
+        self.stopped_at: int | None = None
         self.image_processor = image_processor
         self.meter = StepMeter()
         self.meter.watch_model(self.model)
@@ -83,7 +92,7 @@ class LLaVATrainer(Trainer):
         """Build the optimizer with separate rates for the projector and an unfrozen tower."""
         if self.optimizer is not None:
             return self.optimizer
-        target = self.model if model is None else model
+        target: Any = self.model if model is None else model
         groups = parameter_groups(
             target.named_parameters(),
             self.get_decay_parameter_names(target),
@@ -101,9 +110,9 @@ class LLaVATrainer(Trainer):
 
     @staticmethod
     def _keep_embeddings_in_32_bit(model: nn.Module) -> None:
-        import bitsandbytes
+        from bitsandbytes.optim.optimizer import GlobalOptimManager
 
-        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+        manager = GlobalOptimManager.get_instance()
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 manager.register_module_override(module, "weight", {"optim_bits": 32})
@@ -144,7 +153,7 @@ class LLaVATrainer(Trainer):
         draw = self._draws_now(model)
         with duet.trace(images=draw) as trace:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = result[0] if return_outputs else result
+        loss: torch.Tensor = result[0] if isinstance(result, tuple) else result
         if not math.isfinite(loss.item()):
             raise NonFiniteLossError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, rank {self.args.process_index}, for "
@@ -161,13 +170,11 @@ class LLaVATrainer(Trainer):
         every = getattr(self.args, "image_log_steps", 0)
         first = self.state.global_step != getattr(self, "_drawn_at", -1)
         due = every > 0 and self.state.global_step % every == 0 and first
-        return bool(
-            due and model.training and self.run_log and self.run_log.active and self.image_processor is not None
-        )
+        return bool(due and model.training and self.run_log.active and self.image_processor is not None)
 
     def _draw(self, images: Any, records: list[Any]) -> None:
         self._drawn_at = self.state.global_step
-        if images is None or self.run_log is None:
+        if images is None:
             return
         folder = self.run_log.output_dir / "overlays"
         step = self.state.global_step
@@ -180,7 +187,8 @@ class LLaVATrainer(Trainer):
         """Add rates, tokens, times and memory to what is logged."""
         if "loss" in logs and self.meter.sums["steps"] > 0:
             row = self.meter.vector()
-            rows = self.accelerator.gather(row.to(self.args.device).float().unsqueeze(0)).double().cpu()
+            gathered: Any = self.accelerator.gather(row.to(self.args.device).float().unsqueeze(0))
+            rows = gathered.double().cpu()
             logs |= {name: round(value, 6) for name, value in self.meter.summary(rows).items()}
             self.meter.reset()
             # The Trainer logs one rate; the projector's own has to be visible next to it.
@@ -268,7 +276,7 @@ class LLaVATrainer(Trainer):
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.model if model is None else model
+        target: Any = self.model if model is None else model
         folder = Path(resume_from_checkpoint)
         if not (folder / "optimizer.pt").is_file() and list(folder.glob("global_step*")):
             raise checkpoints.CheckpointError(

@@ -170,10 +170,12 @@ def quantization_config(args: Any) -> Any | None:
         raise ImportError(f"--bits {args.bits} needs bitsandbytes: pip install -e '.[train]'")
     from transformers import BitsAndBytesConfig
 
+    from llava.model.builder import KEPT_PRECISE
+
     return BitsAndBytesConfig(
         load_in_4bit=args.bits == 4,
         load_in_8bit=args.bits == 8,
-        llm_int8_skip_modules=["mm_projector", "vision_tower", "lm_head"],
+        llm_int8_skip_modules=list(KEPT_PRECISE),
         llm_int8_threshold=6.0,
         llm_int8_has_fp16_weight=False,
         bnb_4bit_compute_dtype=args.compute_dtype,

@@ -131,7 +131,7 @@ def load_data(args: RunArguments, tokenizer: Any) -> dict[str, Any]:
     from llava.train.samples import NamedCollator, NamedSamples
 
     bad_list = Path(args.training.output_dir) / "bad_samples.jsonl"
-    args.data.bad_sample_file = str(bad_list)  # pyright: ignore[reportAttributeAccessIssue]
+    args.data.bad_sample_file = str(bad_list)
     module = make_supervised_data_module(tokenizer, args.data)
     for name in ("train_dataset", "eval_dataset"):
         if module[name] is not None:
@@ -225,15 +225,13 @@ def make_trainer(
         image_processor=getattr(args.data, "image_processor", None),
         **data,
     )
-    stopper = StopCallback(stop)
     for callback in (
-        stopper,
+        StopCallback(trainer, stop),
         EpochCallback(),
         FrozenCallback(model),
         LogCallback(trainer, run_log, training.raise_on_nan_grad),
     ):
         trainer.add_callback(callback)
-    trainer.stopper = stopper
     mark_zero3_leaves(training, model)
     return trainer
 
@@ -265,7 +263,7 @@ def fit(args: RunArguments, model: Any, tokenizer: Any, data: dict[str, Any], st
         trainer.run_log.write("resume", {"checkpoint": str(resume)})
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.save_state()
-    stopped = trainer.stopper.stopped_at
+    stopped = trainer.stopped_at
     report_bad_samples(data["train_dataset"].dataset)
     if stopped is not None:
         trainer.run_log.write("stopped", {"step": stopped, "reason": "SIGTERM"})
