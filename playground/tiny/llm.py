@@ -23,7 +23,7 @@ from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrai
 
 from playground.tiny.parallel import Clock, average_gradients, rank, world
 from playground.tiny.questions import CHANCE, KINDS, Turn, ask, caption, place_turn, text_turn
-from playground.tiny.scenes import PlacedDigit, make_scene
+from playground.tiny.scenes import BACKBONE_MAX_DIGITS, PlacedDigit, make_scene
 from playground.tiny.tokenizer import SYSTEM_PROMPT, build_tokenizer
 from playground.tiny.tower import BACKBONE_SEED, NONE_CLASS, SELECT_LAYER, normalise, patch_targets
 
@@ -97,7 +97,7 @@ def build_bank(tower: CLIPVisionModel, split: str, seed: int, scenes: int, batch
     digits: list[tuple[PlacedDigit, ...]] = []
     tower.eval()
     for start in range(0, scenes, batch):
-        drawn = [make_scene(split, seed, i) for i in range(start, min(start + batch, scenes))]
+        drawn = [make_scene(split, seed, i, most=BACKBONE_MAX_DIGITS) for i in range(start, min(start + batch, scenes))]
         pixels = torch.from_numpy(np.stack([s.pixels for s in drawn]))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = tower(normalise(pixels), output_hidden_states=True).hidden_states[SELECT_LAYER]

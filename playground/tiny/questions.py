@@ -9,21 +9,21 @@ from playground.tiny.scenes import IMAGE_SIZE, PlacedDigit
 KINDS = ("exists", "count", "corner", "extreme", "relation", "choice", "order")
 CHANCE_NOTE = {
     "exists": "two answers, balanced",
-    "count": "2 to 5 digits, equally often",
+    "count": "2 to 4 digits, equally often",
     "corner": "ten digits",
     "extreme": "ten digits",
     "relation": "the nine digits that are not named in the question",
     "choice": "four options",
-    "order": "2 to 5 different digits in order, the count known",
+    "order": "2 to 4 different digits in order, the count known",
 }
 CHANCE = {
     "exists": 1 / 2,
-    "count": 1 / 4,
+    "count": 1 / 3,
     "corner": 1 / 10,
     "extreme": 1 / 10,
     "relation": 1 / 9,
     "choice": 1 / 4,
-    "order": (1 / 90 + 1 / 720 + 1 / 5040 + 1 / 30240) / 4,
+    "order": (1 / 90 + 1 / 720 + 1 / 5040) / 3,
 }
 CORNERS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
 EXTREMES = {"leftmost": ("x", 1), "rightmost": ("x", -1), "topmost": ("y", 1), "bottommost": ("y", -1)}

@@ -31,7 +31,8 @@ SKLEARN_PHOTOS = ("china.jpg", "flower.jpg")
 TRAIN_REGION = (0.0, 0.62)  # share of the photograph's width
 HELDOUT_REGION = (0.64, 1.0)
 TRAIN_DIGITS = 0.8  # share of the source digits of each class
-MIN_DIGITS, MAX_DIGITS = 2, 5
+MIN_DIGITS, MAX_DIGITS = 2, 4
+BACKBONE_MAX_DIGITS = 5  # the language model is trained on slightly harder scenes than it is asked about
 MIN_SIZE, MAX_SIZE = 50, 58  # side of a pasted digit in pixels
 SNAP = 7  # the corner of a digit's box lies on a grid of this many pixels, which makes the digits quicker to learn
 MIN_STEP = 28  # two digits differ by at least this many pixels in x and in y, so that every order is clear
@@ -200,7 +201,7 @@ def make_window(split: str, seed: int, index: int, size: int) -> tuple[np.ndarra
     return np.clip(pixels, 0, 255).astype(np.uint8), tuple(digits)
 
 
-def make_scene(split: str, seed: int, index: int, crowded: bool = False) -> Scene:
+def make_scene(split: str, seed: int, index: int, crowded: bool = False, most: int = MAX_DIGITS) -> Scene:
     """Scene number `index` of a split; the same arguments always give the same scene.
 
     Args:
@@ -209,6 +210,7 @@ def make_scene(split: str, seed: int, index: int, crowded: bool = False) -> Scen
         index: number of the scene.
         crowded: 5 to 8 digits with repetition and without the ordering margin. Only the training of the vision
             tower uses it, because it teaches more digits per image.
+        most: highest number of digits of a scene that is not crowded.
 
     Raises:
         ValueError: unknown split.
@@ -220,7 +222,7 @@ def make_scene(split: str, seed: int, index: int, crowded: bool = False) -> Scen
         count = int(rng.integers(5, 9))
         values = rng.integers(0, 10, count)
     else:
-        count = int(rng.integers(MIN_DIGITS, MAX_DIGITS + 1))
+        count = int(rng.integers(MIN_DIGITS, most + 1))
         values = rng.permutation(10)[:count]
     sizes = rng.integers(MIN_SIZE, MAX_SIZE + 1, count)
     xs, ys = _place(rng, sizes, 4 if crowded else MIN_STEP + SNAP)
