@@ -208,9 +208,9 @@ def build(args: RunArguments, attention: str) -> tuple[Any, Any]:
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(training.gradient_checkpointing))
     tokenizer = set_up_tokenizer(args, model)
-    # New weights start the same whatever loading drew before them: ZeRO-3 draws other numbers than one rank does.
-    set_seed(training.seed)
     if training.lora_enable:
+        # Adapters start the same whatever loading drew before them: ZeRO-3 draws other numbers than one rank does.
+        set_seed(training.seed)
         model = apply_lora(model, training)
     if model_args.vision_tower is not None:
         set_up_vision(args, model, tokenizer)
