@@ -158,7 +158,7 @@ TINY = Recipe(
         zero=3,
         flags={
             "version": "v1",
-            "learning_rate": 3e-4,
+            "learning_rate": 5e-4,
             "image_aspect_ratio": "pad",
             "group_by_modality_length": True,
             "save_steps": 50,
