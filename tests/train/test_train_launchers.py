@@ -118,13 +118,33 @@ def test_kill_9_under_zero2_then_the_same_command_resumes(flags, tmp_path):
     assert max(gaps) < 1e-5
 
 
-def test_sigterm_to_the_launcher_saves_and_exits_with_143(flags, tmp_path):
-    process = start(flags("out", max_steps=4000, save_steps=4000, deepspeed=SCRIPTS / "zero2.json"))
-    log = tmp_path / "out" / "train_log.jsonl"
+def test_sigterm_to_a_script_saves_and_exits_with_143(world, tmp_path):
+    """The scripts' driver passes the signal to the ranks, waits while they save, and says how it ended."""
+    env = {
+        "BASE_MODEL": str(world.model),
+        "VISION_TOWER": str(world.tower),
+        "PRETRAIN_DATA": str(world.captions[0]),
+        "PRETRAIN_IMAGES": str(world.captions[1]),
+        "OUTPUT_ROOT": str(tmp_path / "run"),
+        "RECIPE": "tiny",
+        "NUM_DEVICES": "2",
+    }
+    flags = "--max_steps 4000 --save_steps 4000 --logging_steps 1 --dominant 10 --contextual 3 --layer_list [1,2]"
+    command = [sys.executable, "-m", "llava.train.plan", "pretrain_duet", "--", *flags.split()]
+    process = subprocess.Popen(
+        [*command, "--image_token_ratio_list", "[0.5,0.0]"],
+        env=train_world.environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=train_world.ROOT,
+    )
+    output_dir = tmp_path / "run-duet-pretrain"
+    log = output_dir / "train_log.jsonl"
     wait_for(lambda: log.is_file() and '"loss"' in log.read_text(), process)
     os.kill(process.pid, signal.SIGTERM)
     code, output = finish(process)
     assert code == 143, output[-3000:]
-    assert "SIGTERM: saved" in output
-    saved = list((tmp_path / "out").glob("checkpoint-*/checkpoint_complete.json"))
-    assert len(saved) == 1
+    assert "SIGTERM: saved" in output and "the same command resumes" in output
+    saved = list(output_dir.glob("checkpoint-*/checkpoint_complete.json"))
+    assert len(saved) == 1 and not (output_dir / "run_complete.json").exists()
