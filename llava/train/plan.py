@@ -111,6 +111,7 @@ class Plan:
     devices: Devices
     stages: list[Stage]
     reduction: DuetConfig | None
+    tokens: str | None = None
     missing: list[Missing] = field(default_factory=list)
 
     @property
@@ -229,7 +230,7 @@ def resolve(
     if job.reduced and not shared:
         shared = {"duet_tokens": env.get("DUET_TOKENS") or "192"}
     reduction = read_reduction(shared)
-    plan = Plan(job, recipe, devices, [], reduction)
+    plan = Plan(job, recipe, devices, [], reduction, tokens=shared.get("duet_tokens"))
     for kind in job.stages:
         last = kind == job.last
         stage = resolve_stage(plan, getattr(recipe, kind), env, shared | (own if last else {}))
@@ -255,7 +256,9 @@ def read_reduction(flags: Mapping[str, str]) -> DuetConfig | None:
 def output_folder(plan: Plan, kind: str, env: Mapping[str, str]) -> Path:
     """Folder of one stage: prefix, `duet` where tokens are reduced, the stage, and how it is trained."""
     parts = [env.get("OUTPUT_ROOT") or plan.recipe.output]
-    parts += ["duet"] if plan.job.reduced else []
+    if plan.job.reduced:
+        # Budgets other than the default get folders of their own, so that trying one does not meet another's output.
+        parts.append("duet" if plan.tokens in (None, "192") else f"duet{plan.tokens}")
     parts.append(kind)
     if kind == "finetune" and plan.job.lora:
         parts.append("qlora" if plan.job.bits == 4 else "lora")

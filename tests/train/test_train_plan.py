@@ -69,7 +69,7 @@ def test_overrides_and_environment():
     assert (first.flags["learning_rate"], second.flags["learning_rate"]) == (1e-3, "1e-5")
     assert first.flags["duet_tokens"] == second.flags["duet_tokens"] == "64"
     assert (second.world, second.per_device, second.accumulation, second.global_batch) == (4, 16, 2, 128)
-    assert str(second.output) == "o/x-duet-finetune" and second.flags["seed"] == "7"
+    assert str(second.output) == "o/x-duet64-finetune" and second.flags["seed"] == "7"
     lists = [
         "--dominant",
         "170",
