@@ -60,6 +60,8 @@ class ReductionArguments:
             ValueError: A flag cannot be read, or two contradict each other; the message names them.
         """
         given = self.given()
+        if given.get("use_salient_tokens") is False:
+            del given["use_salient_tokens"]  # upstream's default, which its scripts spell out; it asks for nothing
         if not given:
             return default
         tokens = given.pop("duet_tokens", None)

@@ -40,6 +40,7 @@ def test_released_spelling():
     assert ours.to_config().schedule == {16: 0.5, 24: 0.0} and ours.to_config().depth is None
     assert parse("--compute_salient_tokens").to_config().queries == "salient"
     assert parse("--dominant", "100", "--use_salient_tokens", "False").to_config().queries == "last"
+    assert parse("--use_salient_tokens", "False").to_config() is None
 
 
 def test_budgets_scale_with_the_depth():

@@ -152,9 +152,8 @@ def test_a_folder_with_other_settings_is_not_mixed_up(tmp_path, capsys):
     stage.flags["learning_rate"] = 1.0
     with launch.Runner(plan.devices) as runner:
         assert launch.run_stage(plan, stage, runner) == 2
-    assert "learning_rate: 0.0005 -> 1.0" in capsys.readouterr().err or "learning_rate" in str(
-        launch.differences(stage)
-    )
+    printed = capsys.readouterr()
+    assert "learning_rate" in printed.err + printed.out
 
 
 def test_a_finished_stage_is_not_repeated(tmp_path, capsys):
