@@ -36,6 +36,15 @@ def gather_tokens(x_BNd: Tensor, index_BK: Tensor) -> Tensor:
     return x_BNd.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, x_BNd.shape[-1]))
 
 
+def compaction_index(keep_BL: Tensor, length: int, left_padded: bool) -> Tensor:
+    """Return the marked positions of each row in order, at the end that is not padded.
+
+    Shapes: keep [B, L] bool; returns [B, ``length``] indices; a row with fewer marks is filled with unmarked positions.
+    """
+    order = torch.sort(keep_BL.to(torch.uint8), dim=1, descending=not left_padded, stable=True).indices
+    return order[:, order.shape[1] - length :] if left_padded else order[:, :length]
+
+
 @dataclass(frozen=True)
 class TokenState:
     """Everything about a batch of sequences that has to shrink together.
@@ -68,9 +77,7 @@ class TokenState:
             length: the largest number of marks in a row; shorter rows are padded to it.
             padded: whether any row is shorter than ``length``.
         """
-        flags = keep_BL.to(torch.uint8)
-        order = torch.sort(flags, dim=1, descending=not self.left_padded, stable=True).indices
-        index = order[:, -length:] if self.left_padded else order[:, :length]
+        index = compaction_index(keep_BL, length, self.left_padded)
         valid = keep_BL.gather(1, index) if padded else None
         labels = None if self.labels is None else self.labels.gather(1, index)
         visual, queries = self.visual.gather(1, index), self.queries.gather(1, index)

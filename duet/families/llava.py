@@ -16,7 +16,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from duet.config import DuetConfig
 from duet.decoder import DecoderOutput, run_decoder
 from duet.families import FAMILIES, Family, ModelFacts
-from duet.tokens import IGNORE_INDEX, gather_tokens, is_left_padded
+from duet.tokens import IGNORE_INDEX, compaction_index, gather_tokens, is_left_padded
 from duet.vision import encode_vision
 
 
@@ -216,11 +216,8 @@ def _shrink(prompt: Prompt, marks: Tensor, per_image: int, kept: int) -> tuple[P
     mask = prompt.attention_mask
     valid = torch.ones_like(marks) if mask is None else mask.bool()
     keep = (~marks | ((marks.cumsum(1) - 1) % per_image < kept)) & valid
-    lengths = keep.sum(1)
-    longest = int(lengths.max())
     left = is_left_padded(None if mask is None else valid)
-    order = torch.sort(keep.to(torch.uint8), dim=1, descending=not left, stable=True).indices
-    index = order[:, -longest:] if left else order[:, :longest]
+    index = compaction_index(keep, int(keep.sum(1).max()), left)
     new_valid = keep.gather(1, index)
     labels = None if prompt.labels is None else prompt.labels.gather(1, index).masked_fill(~new_valid, IGNORE_INDEX)
     answers = None if prompt.answer_mask is None else prompt.answer_mask.gather(1, index) & new_valid

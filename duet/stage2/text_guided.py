@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from duet.signals import DecoderSignals
 from duet.stage2 import LANGUAGE_REDUCERS
-from duet.tokens import IGNORE_INDEX, top_indices
+from duet.tokens import IGNORE_INDEX, compaction_index, top_indices
 
 if TYPE_CHECKING:
     from duet.config import DuetConfig
@@ -46,9 +46,8 @@ def marked_indices(mask_BL: Tensor) -> tuple[Tensor, Tensor]:
 
     Shapes: mask [B, L] bool; returns [B, R] indices and [B, R] bool, R at least 1.
     """
-    longest = max(1, int(mask_BL.sum(1).max()))
-    order = torch.sort(mask_BL.to(torch.uint8), dim=1, descending=True, stable=True).indices[:, :longest]
-    return order, mask_BL.gather(1, order)
+    index = compaction_index(mask_BL, max(1, int(mask_BL.sum(1).max())), left_padded=False)
+    return index, mask_BL.gather(1, index)
 
 
 def _salient_rows(signals: DecoderSignals, rows: Tensor, counted: Tensor, count: int) -> tuple[Tensor, Tensor]:
