@@ -46,12 +46,13 @@ def encode_vision(
     reduces = config is not None and config.stage1 != "none"
 
     hidden = body.pre_layrnorm(body.embeddings(pixel_values))
-    states, block_input = {0: hidden}, hidden
+    states, block_input = {0: hidden}, hidden  # only what is asked for: every other state may be freed
     for index in range(max(depths)):
         if index == depths[-1] - 1:
             block_input = hidden
         hidden = _tensor(blocks[index](hidden, None))
-        states[index + 1] = hidden
+        if index + 1 in depths:
+            states[index + 1] = hidden
     features = states[depths[0]] if len(depths) == 1 else torch.cat([states[d] for d in depths], dim=-1)
 
     grid = _grid(pixel_values, body)

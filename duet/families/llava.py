@@ -102,11 +102,9 @@ class ReducedLlava:
         fed_length = prompt.inputs_embeds.shape[1]
         features = None
         if pixel_values is not None:
-            features = _image_features(
-                model, pixel_values, vision_feature_layer, vision_feature_select_strategy, config
-            )
-            ids_or_embeds = input_ids if input_ids is not None else prompt.inputs_embeds
             strategy = vision_feature_select_strategy or model.config.vision_feature_select_strategy
+            features = _image_features(model, pixel_values, vision_feature_layer, strategy, config)
+            ids_or_embeds = input_ids if input_ids is not None else prompt.inputs_embeds
             expected = model._duet.facts.patches + int(strategy == "full" and model._duet.facts.class_token)
             prompt = _insert_images(prompt, _placeholders(model, ids_or_embeds), features, expected, prompt_length)
         decoder = model.model.language_model
@@ -154,10 +152,9 @@ def _checkpoints(decoder: nn.Module) -> bool:
     return decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers)  # type: ignore[union-attr]
 
 
-def _image_features(model: Any, pixel_values: Tensor, layer: Any, strategy: str | None, config: DuetConfig) -> Tensor:
+def _image_features(model: Any, pixel_values: Tensor, layer: Any, strategy: str, config: DuetConfig) -> Tensor:
     """Return projected visual tokens, [I, K, D]."""
     layer = model.config.vision_feature_layer if layer is None else layer
-    strategy = strategy or model.config.vision_feature_select_strategy
     pixel_values = pixel_values.to(model.model.vision_tower.dtype)
     reduction = encode_vision(
         model.model.vision_tower, pixel_values, select_layer=layer, class_token=strategy == "full", config=config
