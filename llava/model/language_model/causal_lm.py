@@ -106,8 +106,6 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         Raises:
             ValueError: Pictures and `<image>` marks disagree, or attention maps are asked for.
         """
-        if output_attentions:
-            raise ValueError("output_attentions is not available: attention maps are never computed; see duet.trace")
         if inputs_embeds is None:
             prepared = self.prepare_inputs_labels_for_multimodal(
                 input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
@@ -133,6 +131,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             use_cache=use_cache,
             config=self.reduction,
             output_hidden_states=bool(output_hidden_states),
+            output_attentions=bool(output_attentions),
         )
         loss = None
         if out.labels is not None:
