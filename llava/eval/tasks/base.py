@@ -1,0 +1,190 @@
+"""What a benchmark is to the runner: files to find, questions to ask, answers to score.
+
+A benchmark is one module in this package that registers one `Task`. It reads the benchmark's official files as they are
+published and scores by the official rule; it knows nothing about models.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+
+class BadEvalData(ValueError):
+    """A file of a benchmark is missing or wrong; the message names file, row and field, and says what to do."""
+
+
+@dataclass(frozen=True)
+class Needed:
+    """A file or folder that a benchmark needs.
+
+    Attributes:
+        path: where it is expected.
+        what: what it is.
+        source: where to get it.
+    """
+
+    path: Path
+    what: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question to ask.
+
+    Attributes:
+        key: unique within the benchmark; what an interrupted run continues by.
+        question_id: the id that goes into the answers file, as the official files spell it.
+        text: the user's whole turn without image marks.
+        visuals: image files, or one video file; empty for a question without a picture.
+        category: the benchmark's own class of the question, empty where it has none.
+        extra: what scoring needs besides, in JSON types.
+    """
+
+    key: str
+    question_id: str | int
+    text: str
+    visuals: tuple[Path, ...] = ()
+    category: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row of an answers file: `question_id`, `prompt` (the question without the template) and `text`.
+
+    `key` is our addition to LLaVA's row; in a file that LLaVA wrote it is absent and left empty.
+    """
+
+    question_id: str | int
+    prompt: str
+    text: str
+    key: str = ""
+
+
+@dataclass
+class Score:
+    """The result of one benchmark.
+
+    Attributes:
+        headline: the metric that goes into a comparison table.
+        metrics: all metrics, in the unit in which the benchmark is published (percent, or points for MME).
+        expected: questions of the benchmark; scored: those that count in the metrics.
+        missing: keys of questions without an answer.
+        unparsed: answers that the official rule could not read (they count as it says).
+        notes: what a reader of the number must know.
+    """
+
+    headline: str
+    metrics: dict[str, float]
+    expected: int
+    scored: int
+    missing: list[str] = field(default_factory=list)
+    unparsed: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def value(self) -> float:
+        """The headline number."""
+        return self.metrics[self.headline]
+
+
+class Task(ABC):
+    """A benchmark.
+
+    Attributes:
+        name: how the command line calls it.
+        title: column head in a table.
+        folder: its place below the evaluation root (`playground/data/eval`).
+        max_new_tokens: as in LLaVA's script for it.
+        video: whether `Question.visuals` is a video, to be read as frames.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    folder: ClassVar[str]
+    max_new_tokens: ClassVar[int] = 128
+    video: ClassVar[bool] = False
+
+    def home(self, root: Path) -> Path:
+        """The benchmark's folder."""
+        return root / self.folder
+
+    @abstractmethod
+    def needed(self, root: Path) -> list[Needed]:
+        """Return every file and folder that must be there; the runner checks before it loads a model."""
+
+    @abstractmethod
+    def questions(self, root: Path) -> list[Question]:
+        """Return all questions in the official order.
+
+        Raises:
+            BadEvalData: a file is malformed, or two questions share a key.
+        """
+
+    @abstractmethod
+    def score(self, root: Path, answers: Sequence[Answer]) -> Score:
+        """Score answers by the official rule.
+
+        Answers may come in any order. Questions without an answer are listed in `Score.missing` and count as wrong.
+
+        Raises:
+            BadEvalData: an answer belongs to no question, or a question has two answers; names the ids.
+        """
+
+    def open_visual(self, path: Path) -> Image.Image:
+        """Open one picture for the model; RGB unless the benchmark's protocol says otherwise.
+
+        Raises:
+            BadEvalData: it cannot be opened; names it.
+        """
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise BadEvalData(f"{self.name}: picture {path} cannot be opened: {error}") from error
+
+
+def join_answers(
+    questions: Sequence[Question], answers: Sequence[Answer], name: str
+) -> tuple[dict[str, Answer], list[str]]:
+    """Match answers to questions; returns answers by question key, and the keys that have none.
+
+    A row with a `key` is matched by it; a row that LLaVA's scripts wrote, by (question_id, prompt), then by question_id
+    where that is unique.
+
+    Raises:
+        BadEvalData: an answer belongs to no question, or a question has two answers.
+    """
+    by_key = {q.key: q for q in questions}
+    by_pair = {(str(q.question_id), q.text): q for q in questions}
+    by_id: dict[str, list[Question]] = {}
+    for q in questions:
+        by_id.setdefault(str(q.question_id), []).append(q)
+    found: dict[str, Answer] = {}
+    twice: list[str] = []
+    strangers: list[str] = []
+    for answer in answers:
+        same = by_id.get(str(answer.question_id), [])
+        question = by_key.get(answer.key) if answer.key else by_pair.get((str(answer.question_id), answer.prompt))
+        if question is None and not answer.key and len(same) == 1:
+            question = same[0]
+        if question is None:
+            strangers.append(str(answer.key or answer.question_id))
+        elif question.key in found:
+            twice.append(question.key)
+        else:
+            found[question.key] = answer
+    for what, keys in (("belong to no question", strangers), ("repeat a question", twice)):
+        if keys:
+            raise BadEvalData(
+                f"{name}: {len(keys)} answers {what} of this benchmark, first: {', '.join(keys[:5])}; "
+                "the answers file belongs to other questions or was written twice"
+            )
+    return found, [q.key for q in questions if q.key not in found]
