@@ -7,7 +7,6 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
-BASE_PYTHON := $(or $(PYTHON),python3)
 ifneq ($(PYTHON),)
   PY := $(PYTHON)
 else ifneq ($(wildcard $(VENV)/bin/python),)
@@ -22,7 +21,6 @@ ifneq ($(findstring /,$(PY)),)
 endif
 
 EXTRAS ?= train,eval,demo,dev
-CPU_TORCH := torch==2.13.0
 TEST_ARGS ?= -n 2
 
 # Tests are offline by construction; this makes a forgotten download fail at once instead of hanging.
@@ -35,23 +33,8 @@ help: ## Show this list
 
 setup: $(VENV)/.ready ## Make .venv and install the two packages with everything they need (repeat: nothing to do)
 
-# With an accelerator, a torch that already works with it is kept (the venv sees the system's packages).
-# Without one, a pinned torch goes in first, so that no other requirement can pull a larger build.
 $(VENV)/.ready: pyproject.toml
-	@if ! command -v $(BASE_PYTHON) >/dev/null; then echo "setup: no '$(BASE_PYTHON)'; pass PYTHON=<interpreter, 3.10 or newer>" >&2; exit 1; fi
-	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-	  || { echo "setup: $(BASE_PYTHON) is older than 3.10; pass PYTHON=<newer interpreter>" >&2; exit 1; }
-	@site=""; torch='$(TORCH)'; \
-	if nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/kfd ]; then \
-	  if $(BASE_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' >/dev/null 2>&1; then \
-	    site="--system-site-packages"; echo "setup: keeping the installed torch, which sees the accelerator"; \
-	  else torch="$${torch:-torch}"; fi; \
-	else torch="$${torch:-$(CPU_TORCH)}"; fi; \
-	echo "setup: making $(VENV)"; \
-	$(BASE_PYTHON) -m venv $$site "$(VENV)"; \
-	if [ -n "$$torch" ]; then echo "setup: installing $$torch"; "$(VENV)/bin/python" -m pip install -q $$torch; fi; \
-	echo "setup: installing -e .[$(EXTRAS)]"; \
-	"$(VENV)/bin/python" -m pip install -q -e ".[$(EXTRAS)]"
+	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' bash scripts/lib/setup.sh "$(VENV)" "$(EXTRAS)"
 	@touch "$@"
 	@echo "setup: done; . $(VENV)/bin/activate"
 

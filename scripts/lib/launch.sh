@@ -12,22 +12,16 @@ sys.exit(any(find.find_spec(name) is None for name in needed))
 PY
 }
 
-install() {
-    echo "making .venv (once; set DUET_PYTHON to use an environment of your own)" >&2
-    python3 -m venv .venv
-    if ! command -v nvidia-smi >/dev/null 2>&1 && ! command -v rocm-smi >/dev/null 2>&1; then
-        .venv/bin/python -m pip install --quiet "torch==2.13.0" # the version that was tested without an accelerator
-    fi
-    .venv/bin/python -m pip install --quiet -e ".[train,demo]"
-}
-
 if [ -n "${DUET_PYTHON:-}" ]; then
     python=$DUET_PYTHON
 elif ready python3; then
     python=python3
 else
     python=.venv/bin/python
-    ready "$python" || install >&2
+    ready "$python" || {
+        echo "setup: needed once; set DUET_PYTHON to use an environment of your own"
+        bash scripts/lib/setup.sh .venv train,demo
+    } >&2
 fi
 # ninja and deepspeed call programs by name
 PATH="$(dirname "$(command -v "$python")"):$PATH"
