@@ -186,6 +186,17 @@ def widen_trainable(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
+def unify_dtype(model: torch.nn.Module, training: Any) -> None:
+    """Give the parts that were built outside of ZeRO-3's partitioning its number type.
+
+    DeepSpeed casts a whole model, but not one that is already partitioned; it needs one type and keeps fp32 masters.
+    """
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
+
+
 def build(args: RunArguments, attention: str) -> tuple[Any, Any]:
     """Build the model and the tokenizer of a run.
 
@@ -223,6 +234,8 @@ def build(args: RunArguments, attention: str) -> tuple[Any, Any]:
         model.enable_input_require_grads()
     if not training.deepspeed:
         widen_trainable(model)
+    elif training.bits == 16:
+        unify_dtype(model, training)
     remember_base(model, model_args.model_name_or_path)
     return model, tokenizer
 

@@ -279,8 +279,8 @@ def resolve_stage(plan: Plan, recipe: StageRecipe, env: Mapping[str, str], overr
         "seed": env.get("SEED") or 42,
         "report_to": env.get("REPORT_TO") or "none",
     }
-    if devices.accelerator:
-        flags |= plan.recipe.precision
+    if (job.bits == 16 or devices.accelerator) and "fp16" not in overrides:
+        flags["bf16"] = devices.accelerator or runtime.cpu_bf16_pays()
     if job.lora and recipe.kind == "finetune":
         flags |= {"learning_rate": plan.recipe.lora_rate, **plan.recipe.lora}
         if job.bits != 16:

@@ -41,7 +41,6 @@ class Recipe:
         tower: vision tower.
         output: prefix of the output folders.
         layers: depth of the decoder; patches: of an image.
-        precision: flags for the number type on an accelerator.
     """
 
     name: str
@@ -54,7 +53,6 @@ class Recipe:
     finetune: StageRecipe
     lora_rate: float
     lora: dict[str, Any]
-    precision: dict[str, Any] = field(default_factory=dict)
 
 
 COMMON = {
@@ -120,7 +118,6 @@ SEVEN_B = Recipe(
     ),
     lora_rate=2e-4,
     lora={"lora_enable": True, "lora_r": 128, "lora_alpha": 256, "mm_projector_lr": 2e-5},
-    precision={"bf16": True},
 )
 
 TINY = Recipe(
@@ -152,7 +149,7 @@ TINY = Recipe(
         kind="finetune",
         data="playground/tiny/data/finetune.json",
         images="playground/tiny/data",
-        records=3150,
+        records=3780,
         global_batch=16,
         per_device=8,
         zero=3,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+import time
 
 import torch
 
@@ -20,6 +21,24 @@ def accelerator_name() -> str:
         return f"CPU ({os.cpu_count()} cores)"
     kind = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)} ({kind})"
+
+
+def cpu_bf16_pays() -> bool:
+    """True when this CPU multiplies bf16 matrices faster than fp32 ones.
+
+    It is asked by timing small products for some milliseconds; a CPU that emulates bf16 is many times slower.
+    """
+    return _product_seconds(torch.bfloat16) < 0.8 * _product_seconds(torch.float32)
+
+
+def _product_seconds(dtype: torch.dtype, size: int = 384, tries: int = 5) -> float:
+    a = torch.ones(size, size, dtype=dtype)
+    seconds = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def launched_world_size() -> int:

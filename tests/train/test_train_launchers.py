@@ -77,6 +77,18 @@ def test_zero3_with_text_only_ranks_equals_one_rank(train, flags, tmp_path, text
     assert all(line["lr_mm_projector"] == pytest.approx(line["learning_rate"] / 2) for line in lines)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_zero3_in_bf16(train, flags, tmp_path, lora):
+    """The projector and the adapters are made outside of ZeRO-3's partitioning, and still have to get its number type."""
+    shared = {"max_steps": 2, "save_steps": 2, "seed": 3, "lora_enable": lora}
+    code, output = finish(start(flags("zero3", deepspeed=SCRIPTS / "zero3.json", bf16=True, **shared)))
+    assert code == 0, output[-3000:]
+    train("single", gradient_accumulation_steps=2, **shared)
+    one, two = train_world.losses(tmp_path, "single"), train_world.losses(tmp_path, "zero3")
+    assert sorted(one) == sorted(two) == [1, 2]
+    assert all(two[step] == pytest.approx(one[step], rel=0.05) for step in one)
+
+
 def test_torchrun_without_deepspeed_equals_one_rank(train, flags, tmp_path):
     shared = {"max_steps": 3, "save_strategy": "no", "captions": True}
     code, output = finish(start(flags("ddp", **shared), launcher="torchrun"))

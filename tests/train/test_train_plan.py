@@ -43,6 +43,14 @@ def test_the_papers_recipe_on_eight_accelerators():
     assert "FINETUNE_DATA" in text and not plan.can_run
 
 
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_cpu_trains_in_bf16_where_that_is_faster(monkeypatch, pays):
+    monkeypatch.setattr("llava.train.runtime.cpu_bf16_pays", lambda: pays)
+    for stage in resolve("finetune_duet", env={}, accelerators=0).stages:
+        assert stage.flags["bf16"] is pays
+    assert "bf16" not in resolve("finetune_duet_qlora", env={}, accelerators=0).stages[-1].flags
+
+
 def test_baseline_has_no_reduction():
     plan = resolve("finetune", env={}, accelerators=8)
     assert plan.reduction is None and "duet_tokens" not in plan.stages[0].flags
