@@ -23,6 +23,8 @@ SEED = 11
 STAGE_SEED = {"pretrain": 0, "finetune": 1, "heldout": 2}
 PROMPT = "Describe the image."
 IMAGE_MARK = "<image>"
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+LETTER_ANSWER = "Answer with the option's letter from the given choices directly."
 QUALITY = 92
 
 
@@ -40,6 +42,29 @@ def _conversation(turns: list[tuple[str, str]], with_image: bool) -> list[dict[s
     return said
 
 
+def training_kinds(rng: np.random.Generator) -> list[str]:
+    """Kinds to ask about one training image, in order.
+
+    A later turn can copy from earlier answers instead of looking. "order" gives all digits away, so it comes first or
+    last, and "relation", which is learned slowest, is asked three times.
+    """
+    others = [str(kind) for kind in rng.permutation([k for k in KINDS if k not in ("order", "relation")])]
+    relations = ["relation"] * 3
+    return ["order", *others, *relations[:1]] if rng.random() < 0.35 else [*relations, *others, "order"]
+
+
+def with_instructions(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Add the answer format's instruction as LLaVA's data has it: once for short answers, at every choice."""
+    out = []
+    for number, (question, answer) in enumerate(turns):
+        if "\nA. " in question:
+            question = f"{question}\n{LETTER_ANSWER}"
+        elif number == 0:
+            question = f"{question}\n{SHORT_ANSWER}"
+        out.append((question, answer))
+    return out
+
+
 def records_of_scene(folder: str, stage: str, seed: int, turns: int, index: int) -> list[dict]:
     """Write one scene's image and return its records (several for held-out scenes, else one)."""
     split = "heldout" if stage == "heldout" else "train"
@@ -51,8 +76,10 @@ def records_of_scene(folder: str, stage: str, seed: int, turns: int, index: int)
         said = _conversation([(PROMPT, caption(scene.digits))], True)
         return [{"id": name, "image": image, "conversations": said}]
     if stage == "finetune":
-        kinds = [str(kind) for kind in rng.permutation(KINDS)]
-        asked = [turn for kind in kinds if (turn := ask(kind, scene.digits, rng))][:turns]
+        asked = [turn for kind in training_kinds(rng) if (turn := ask(kind, scene.digits, rng))]
+        asked = list(dict.fromkeys(asked))[:turns]
+        if rng.random() < 0.5:
+            asked = with_instructions(asked)
         return [{"id": name, "image": image, "conversations": _conversation(asked, True)}]
     records = []
     for kind in KINDS:
@@ -107,9 +134,9 @@ def main() -> None:
     parser.add_argument("--out", default="playground/tiny/data")
     parser.add_argument("--split", choices=(*SPLITS, "all"), default="all")
     parser.add_argument("--pretrain", type=int, default=2400, help="images with a caption (stage 1)")
-    parser.add_argument("--finetune", type=int, default=3000, help="images with questions (stage 2)")
+    parser.add_argument("--finetune", type=int, default=3600, help="images with questions (stage 2)")
     parser.add_argument("--heldout", type=int, default=160, help="held-out images, about 6.5 questions each")
-    parser.add_argument("--turns", type=int, default=7, help="questions on one training image")
+    parser.add_argument("--turns", type=int, default=9, help="questions on one training image")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args()
