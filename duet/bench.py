@@ -31,6 +31,7 @@ FULL = "full"  # all tokens, through DUET's code
 PATCH = 14
 IMAGE = 336
 PATCHES = (IMAGE // PATCH) ** 2
+BEFORE_IMAGE = 35  # text tokens of LLaVA-1.5's template in front of the image
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,10 @@ class Case:
     supervised: int
 
     def inputs(self, model: nn.Module, shape: Shape, device: torch.device) -> dict[str, torch.Tensor]:
-        """Half of the text before the image, half after; labels on the last ``supervised`` positions."""
+        """System prompt, image, question; labels on the last ``supervised`` positions."""
         generator = torch.Generator().manual_seed(1)
-        before, after = self.text // 2, self.text - self.text // 2
+        before = min(BEFORE_IMAGE, self.text // 2)
+        after = self.text - before
         image_id = shape.vocabulary - 1
         text = torch.randint(3, shape.vocabulary - 1, (self.batch, self.text), generator=generator)
         image = torch.full((self.batch, PATCHES), image_id)
@@ -281,7 +283,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, nargs="+", default=None, help="batch sizes of the prefill (1 4; quick: 1)")
     parser.add_argument("--train_batch", type=int, nargs="*", default=[1], help="batch sizes of the training step")
     parser.add_argument("--budgets", type=int, nargs="+", default=[192, 128, 64], help="rows of the paper's Table 12")
-    parser.add_argument("--text", type=int, default=40, help="text tokens, half before and half after the image")
+    parser.add_argument(
+        "--text",
+        type=int,
+        default=64,
+        help="text tokens: 35 before the image, as in LLaVA-1.5, and a short question after it",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="timed runs of each configuration")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--json", default=None, help="write every single measurement here")
