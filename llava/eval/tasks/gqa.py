@@ -5,6 +5,7 @@ Source: the official evaluator's accuracy, binary and open numbers after LLaVA's
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,19 @@ ANNOTATIONS = "testdev_balanced_questions.json"
 def prediction(text: str) -> str:
     """Turn a model's answer into what is compared with the annotation: lower case, no periods at the end."""
     return text.rstrip(".").lower()
+
+
+def predictions_file(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """What the official evaluator reads: one object with questionId and prediction for each answer.
+
+    Raises:
+        BadEvalData: A question has two answers.
+    """
+    counts = Counter(str(answer.question_id) for answer in answers)
+    twice = [key for key, count in counts.items() if count > 1]
+    if twice:
+        raise BadEvalData(f"gqa: {len(twice)} questions have two answers, first: {', '.join(twice[:5])}")
+    return [{"questionId": answer.question_id, "prediction": prediction(answer.text)} for answer in answers]
 
 
 def is_open(structural: str) -> bool:
@@ -132,6 +146,6 @@ class Gqa(Task):
             headline="accuracy",
             metrics=gqa_scores(predictions, annotations),
             expected=len(annotations),
-            scored=len(annotations),
+            scored=len(found),
             missing=missing,
         )
