@@ -138,6 +138,10 @@ class Task(ABC):
             BadEvalData: an answer belongs to no question, or a question has two answers; names the ids.
         """
 
+    def stored_prompt(self, question: Question) -> str:
+        """What an answers file holds as the prompt of a question; LLaVA's scorers recover the question from it."""
+        return question.text
+
     def open_visual(self, path: Path) -> Image.Image:
         """Open one picture for the model; RGB unless the benchmark's protocol says otherwise.
 

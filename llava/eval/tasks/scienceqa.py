@@ -135,7 +135,7 @@ def _checked(row: Row) -> dict[str, Any]:
 
 @TASKS.register("scienceqa")
 class ScienceQa(Task):
-    """ScienceQA; the answers' prompts start with the image mark where there is a picture, as LLaVA's script writes."""
+    """ScienceQA, questions with and without a picture."""
 
     name = "scienceqa"
     title = "SQA"
@@ -210,6 +210,10 @@ class ScienceQa(Task):
             unparsed=sum(parse_choice(text) == FAILED for text in texts.values()),
             notes=["accuracy is over the whole test split, img_accuracy over its questions with a picture"],
         )
+
+    def stored_prompt(self, question: Question) -> str:
+        """With the image mark in front where there is a picture, by which LLaVA's scorer picks those questions."""
+        return f"{DEFAULT_IMAGE_TOKEN}\n{question.text}" if question.visuals else question.text
 
     def open_visual(self, path: Path) -> Image.Image:
         """Open a picture as it is in the file, as LLaVA's script for ScienceQA does: RGB, RGBA or palette.
