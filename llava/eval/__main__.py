@@ -1,0 +1,245 @@
+"""Evaluate a model on the paper's benchmarks.
+
+    python -m llava.eval --model-path MODEL --benchmarks pope,gqa --duet_tokens 192
+    torchrun --nproc_per_node 8 -m llava.eval --model-path MODEL --benchmarks all
+
+An interrupted run goes on where it stopped when the same command is given again. The table over all runs of a results
+folder: python -m llava.eval.report RESULTS --baseline NAME. Exit status: 0; 1 for a wrong request; 2 if a file, a
+picture or an answer is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from llava.eval.generate import Answerer, template_for
+from llava.eval.processes import Processes
+from llava.eval.runner import (
+    BenchmarkRun,
+    RunOptions,
+    load_questions,
+    make_settings,
+    missing_pictures,
+    summary,
+    versions,
+)
+from llava.eval.settings import model_fingerprint
+from llava.eval.tasks import TASKS
+from llava.eval.tasks.base import BadEvalData, Question, Task
+from llava.eval.video import require_reader
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import load_pretrained_model
+from llava.reduction import ReductionArguments
+
+SHOWN = 10
+
+
+class Incomplete(Exception):
+    """Something that the run needs is not there; the message says what."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
+    parser.add_argument("--model-base", default=None, help="base model of a LoRA or projector folder")
+    parser.add_argument("--benchmarks", required=True, help="names, separated by commas; all: every picture benchmark")
+    parser.add_argument("--root", type=Path, default=Path("playground/data/eval"), help="where the benchmarks lie")
+    parser.add_argument("--out", type=Path, default=Path("results/eval"), help="where answers and results go")
+    parser.add_argument("--name", default=None, help="row of the table (default: the model's name and its reduction)")
+    parser.add_argument("--batch", type=int, default=8, help="questions at once; the answers do not depend on it")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load pictures, for each rank")
+    parser.add_argument("--limit", type=int, default=None, help="ask only the first so many questions; no score")
+    parser.add_argument("--conv-mode", default=None, help="template (default: the model's own, else vicuna_v1)")
+    parser.add_argument("--device", default="cuda", help="cuda (NVIDIA and AMD) or cpu")
+    parser.add_argument("--dtype", default=None, help="float16, bfloat16 or float32 (default: fp16; fp32 on a CPU)")
+    parser.add_argument("--load-8bit", action="store_true")
+    parser.add_argument("--load-4bit", action="store_true")
+    parser.add_argument("--no-reduction", action="store_true", help="ignore the reduction that the checkpoint names")
+    parser.add_argument(
+        "--on-missing", choices=("error", "skip"), default="error",
+        help="skip: leave out benchmarks whose files are missing, and score with unanswered questions counted as wrong",
+    )  # fmt: skip
+    ReductionArguments.add_arguments(parser)
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse contradicting or impossible flags.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    given = ReductionArguments.from_namespace(args).given()
+    if args.no_reduction and given:
+        raise ValueError(f"--no-reduction contradicts --{next(iter(given))}; give one of them")
+    for flag, least in (("batch", 1), ("workers", 0), ("limit", 1)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise ValueError(f"--{flag} {value} must be at least {least}")
+    if args.name is not None and (Path(args.name).name != args.name or args.name in (".", "..")):
+        raise ValueError(f"--name {args.name!r} becomes a folder's name; leave out slashes")
+
+
+def choose_tasks(names: str) -> list[Task]:
+    """The benchmarks by name; `all` is every one about pictures that has a column of its own in the paper's tables.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if wanted == ["all"]:
+        wanted = ["pope", "gqa", "textvqa", "mme", "scienceqa", "seed_image"]
+    if not wanted:
+        raise ValueError("--benchmarks names no benchmark")
+    return [TASKS.get(name)() for name in dict.fromkeys(wanted)]
+
+
+def find_questions(
+    tasks: list[Task], root: Path, limit: int | None, skip_missing: bool
+) -> list[tuple[Task, list[Question]]]:
+    """Check all files, then read the questions.
+
+    Raises:
+        Incomplete: files or pictures are missing; with `skip_missing` only if no benchmark is left.
+        BadEvalData: a file is wrong.
+        ImportError: there are videos, and what reads them is not installed.
+    """
+    problems: list[str] = []
+    found = []
+    for task in tasks:
+        missing = [item for item in task.needed(root) if not item.path.exists()]
+        problems += [
+            f"{task.name}: {item.path} is missing ({item.what}); get it from {item.source}" for item in missing
+        ]
+        if missing:
+            continue
+        questions = load_questions(task, root)
+        if task.video and any(path.suffix.lower() != ".gif" for q in questions for path in q.visuals):
+            require_reader()
+        gone = missing_pictures(questions[:limit])
+        if gone:
+            shown = "\n".join(f"  question {key}: {reason}" for key, reason in gone[:SHOWN])
+            problems.append(f"{task.name}: {len(gone)} questions have no picture, among them\n{shown}")
+        if not gone or skip_missing:
+            found.append((task, questions))
+    if problems and (not skip_missing or not found):
+        advice = "no benchmark is left" if skip_missing else "--on-missing skip leaves these out"
+        raise Incomplete("\n".join([*problems, f"nothing was run; {advice}"]))
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return found
+
+
+def load(args: argparse.Namespace, processes: Processes) -> tuple[Any, Any, Any]:
+    """Load the model on this process's device.
+
+    Raises:
+        ValueError: it cannot take pictures, or it cannot be loaded.
+    """
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        args.model_path,
+        args.model_base,
+        get_model_name_from_path(args.model_path),
+        load_8bit=args.load_8bit,
+        load_4bit=args.load_4bit,
+        device=processes.device(args.device),
+        dtype=args.dtype,
+        duet_config="none" if args.no_reduction else ReductionArguments.from_namespace(args),
+    )
+    if image_processor is None:
+        raise ValueError(f"{args.model_path} is a plain language model; it cannot look at pictures")
+    return tokenizer, model, image_processor
+
+
+def default_name(model_name: str, model: Any) -> str:
+    """The model's name, and the visual tokens that its reduction gives on average."""
+    if model.reduction is None:
+        return model_name
+    tokens = model.reduction.average_tokens(model.get_vision_tower().num_patches, model.config.num_hidden_layers)
+    return f"{model_name}-duet-{round(tokens)}"
+
+
+def evaluate(args: argparse.Namespace, processes: Processes) -> bool:
+    """Run all benchmarks; returns whether every question was answered.
+
+    Raises:
+        Incomplete: a file or a picture is missing.
+        ValueError: a wrong request, or wrong data.
+    """
+    check_arguments(args)
+    skip = args.on_missing == "skip"
+    found = find_questions(choose_tasks(args.benchmarks), args.root, args.limit, skip)
+    tokenizer, model, image_processor = load(args, processes)
+    model_name = get_model_name_from_path(args.model_path)
+    tower = getattr(model.config, "mm_vision_tower", None)
+    fingerprint = processes.from_first(
+        model_fingerprint(args.model_path, args.model_base, tower) if processes.first else None
+    )
+    dtype = str(model.dtype).removeprefix("torch.") + ", 8 bit" * args.load_8bit + ", 4 bit" * args.load_4bit
+    options = RunOptions(
+        args.root, args.out, args.name or default_name(model_name, model), args.batch, args.workers, args.limit, skip
+    )
+    about = {
+        "model_path": args.model_path,
+        "model_base": args.model_base,
+        "model_name": model_name,
+        "device": str(model.device),
+        "versions": versions(),
+    }
+    complete = True
+    for task, questions in found:
+        template = template_for(model_name, model.config, args.conv_mode, task.video)
+        answerer = Answerer(model, tokenizer, image_processor, template)
+        settings = make_settings(task, questions, args.root, answerer, fingerprint, dtype)
+        run = BenchmarkRun(task, questions, answerer, settings, options, processes, about)
+        record = run.run()
+        if processes.first:
+            complete &= report_run(run, record)
+    return bool(processes.from_first(complete))
+
+
+def report_run(run: BenchmarkRun, record: dict[str, Any] | None) -> bool:
+    """Print what came out of one benchmark; returns whether every question was answered."""
+    if record is None:
+        print(f"{run.task.name}: asked the first {len(run.questions)} of {len(run.all_questions)} questions, no score")
+    else:
+        print(summary(record))
+    for key, reason in run.failures[:SHOWN]:
+        print(f"  no answer to {key}: {reason}", file=sys.stderr)
+    if len(run.failures) > SHOWN:
+        print(f"  and {len(run.failures) - SHOWN} more", file=sys.stderr)
+    print(f"  {run.answers_path}")
+    return not run.failures and (record is None or not record["n_missing"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = make_parser().parse_args(argv)
+    processes = Processes()
+    try:
+        processes = Processes.join()
+        complete = evaluate(args, processes)
+    except (Incomplete, BadEvalData) as error:
+        if processes.first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ImportError, OSError, ValueError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    processes.leave()
+    return 0 if complete or args.on_missing == "skip" else 2
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    raise SystemExit(main())

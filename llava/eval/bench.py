@@ -1,0 +1,132 @@
+"""How much faster batches answer than single questions: python -m llava.eval.bench
+
+Both are timed in turn, round by round, on the same questions; the ratio is the median of the rounds' own ratios, so
+that a machine that is busy at times meets both alike. Without --model-path the model is put together from a language
+model and a vision tower with a random projector, and every answer has --new-tokens tokens, because its cost is what is
+measured and not its answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava.eval.generate import IMAGE_TEMPLATE, Answerer
+from llava.mm_utils import get_model_name_from_path
+from llava.model import LlavaLlamaForCausalLM
+from llava.model.builder import load_pretrained_model
+from llava.reduction import ReductionArguments
+from llava.tokenization import load_tokenizer
+
+QUESTION = "Is there a {} in the image?\nAnswer the question using a single word or phrase."
+THINGS = ("cat", "dining table", "traffic light", "person", "cup of coffee", "tree", "red bus", "pair of skis")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.eval.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model-path", default=None, help="a LLaVA checkpoint")
+    parser.add_argument("--llm", default="playground/tiny/weights/llm", help="without --model-path: language model")
+    parser.add_argument("--tower", default="playground/tiny/weights/clip", help="without --model-path: vision tower")
+    parser.add_argument("--batch", type=int, default=8, help="the batch size that is compared with 1")
+    parser.add_argument("--samples", type=int, default=16, help="questions a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, default=3, help="tokens of every answer")
+    parser.add_argument("--device", default="cuda", help="cuda (NVIDIA and AMD) or cpu")
+    ReductionArguments.add_arguments(parser)
+    return parser
+
+
+def join_parts(llm: str, tower: str, device: str) -> tuple[Any, Any, Any]:
+    """A LLaVA from a language model and a tower, with a random projector: `(tokenizer, model, image_processor)`."""
+    torch.manual_seed(0)
+    model: Any = LlavaLlamaForCausalLM.from_pretrained(llm)
+    options = SimpleNamespace(vision_tower=tower, mm_vision_select_layer=-2, mm_projector_type="mlp2x_gelu")
+    model.get_model().initialize_vision_modules(options)
+    on_accelerator = device.startswith("cuda") and torch.cuda.is_available()
+    model = model.to(device, torch.float16) if on_accelerator else model.float()
+    return load_tokenizer(llm), model.eval(), model.get_vision_tower().image_processor
+
+
+def load(args: argparse.Namespace) -> Answerer:
+    """The model that is timed."""
+    flags = ReductionArguments.from_namespace(args)
+    if args.model_path is None:
+        tokenizer, model, processor = join_parts(args.llm, args.tower, args.device)
+        model.set_reduction(flags.to_config(model.reduction))
+    else:
+        name = get_model_name_from_path(args.model_path)
+        tokenizer, model, processor, _ = load_pretrained_model(
+            args.model_path, None, name, device=args.device, duet_config=flags
+        )
+    return Answerer(model, tokenizer, processor, IMAGE_TEMPLATE)
+
+
+def make_samples(count: int, side: int) -> list[tuple[str, list[Image.Image]]]:
+    """Questions of slightly different lengths, each about a picture of its own."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, side, side, 3), generator=generator, dtype=torch.uint8)
+    return [
+        (QUESTION.format(THINGS[index % len(THINGS)]), [Image.fromarray(pixels[index].numpy())])
+        for index in range(count)
+    ]
+
+
+def seconds(answerer: Answerer, samples: list, batch: int, new_tokens: int) -> float:
+    """Time to answer all samples."""
+    begin = time.perf_counter()
+    for start in range(0, len(samples), batch):
+        answerer.answer(samples[start : start + batch], new_tokens, min_new_tokens=new_tokens)
+    return time.perf_counter() - begin
+
+
+def measure(answerer: Answerer, samples: list, batch: int, new_tokens: int, rounds: int) -> list[tuple[float, float]]:
+    """Seconds of batch 1 and of `batch`, per round, one after the other and in changing order."""
+    found = []
+    for size in (1, batch):
+        seconds(answerer, samples[:batch], size, new_tokens)
+    for number in range(rounds):
+        sizes = (1, batch) if number % 2 == 0 else (batch, 1)
+        times = {size: seconds(answerer, samples, size, new_tokens) for size in sizes}
+        found.append((times[1], times[batch]))
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = make_parser().parse_args(argv)
+    try:
+        if args.batch < 2 or args.samples < args.batch or args.rounds < 1 or args.new_tokens < 1:
+            raise ValueError(
+                "--batch must be at least 2, --samples at least --batch, --rounds and --new-tokens at least 1"
+            )
+        answerer = load(args)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    samples = make_samples(args.samples, answerer.model.get_vision_tower().config.image_size)
+    times = measure(answerer, samples, args.batch, args.new_tokens, args.rounds)
+    ratios = [single / batched for single, batched in times]
+    one, many = (statistics.median(column) / args.samples * 1000 for column in zip(*times, strict=True))
+    machine = f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+    print(f"{args.samples} questions, {args.new_tokens} tokens each, {args.rounds} rounds, {machine}")
+    print(f"batch 1: {one:.1f} ms a sample; batch {args.batch}: {many:.1f} ms a sample (medians)")
+    print(
+        f"batch {args.batch} is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    raise SystemExit(main())

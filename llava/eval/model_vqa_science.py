@@ -1,0 +1,67 @@
+"""Answer ScienceQA's question file: LLaVA's entry point with LLaVA's flags.
+
+python -m llava.eval.model_vqa_science --model-path MODEL --question-file llava_test_CQM-A.json --image-folder DIR \\
+    --answers-file A.jsonl --single-pred-prompt --temperature 0 --conv-mode vicuna_v1
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.eval import vqa
+from llava.eval.files import as_row, read_json
+from llava.eval.tasks.base import BadEvalData
+from llava.eval.tasks.scienceqa import LETTER, ScienceQa
+
+MAX_NEW_TOKENS = 1024
+
+
+def read_questions(path: Path, single_pred_prompt: bool) -> list[vqa.VqaRow]:
+    """Read an array of `{id, image?, conversations}`; the first turn is asked.
+
+    Args:
+        path: the file.
+        single_pred_prompt: ask for the letter only.
+
+    Raises:
+        BadEvalData: a record is wrong; names it.
+    """
+    rows = []
+    for number, record in enumerate(read_json(path, list)):
+        row = as_row(record, f"{path}, record {number}")
+        turns = row.get("conversations", list)
+        if not turns or not isinstance(turns[0], dict) or not isinstance(turns[0].get("value"), str):
+            raise BadEvalData(f"{row.where}: 'conversations' must begin with a turn that has a 'value'")
+        text = turns[0]["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        text += LETTER if single_pred_prompt else ""
+        image = row.get("image", str) if "image" in row.data else None
+        prompt = f"{DEFAULT_IMAGE_TOKEN}\n{text}" if image else text
+        rows.append(vqa.VqaRow(row.get("id", str, int), text, prompt, image))
+    return rows
+
+
+def open_picture(path: Path) -> list[Image.Image]:
+    """A picture in the mode of its file, as LLaVA gives ScienceQA's to the model."""
+    return [ScienceQa().open_visual(path)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = vqa.make_parser(
+        "python -m llava.eval.model_vqa_science", "Answer ScienceQA.", "tables/question.json", "llava_v0"
+    )
+    parser.add_argument("--answer-prompter", action="store_true", help="accepted for old scripts; without effect")
+    parser.add_argument("--single-pred-prompt", action="store_true", help="ask for the letter only")
+    args = parser.parse_args(argv)
+    read = functools.partial(read_questions, single_pred_prompt=args.single_pred_prompt)
+    return vqa.exit_status(functools.partial(vqa.run, args, read, MAX_NEW_TOKENS, open_picture))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    raise SystemExit(main())

@@ -1,0 +1,98 @@
+"""Open and preprocess the pictures of one batch after the other, in worker processes and in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from llava.eval.generate import pack, preprocess
+from llava.eval.tasks.base import Task
+
+Opener = Callable[[Path], list[Image.Image]]
+
+
+@dataclass
+class LoadedBatch:
+    """The pictures of one batch.
+
+    Attributes:
+        index: which batch it is.
+        kept: places in the batch of the samples whose pictures are here.
+        counts: pictures of each kept sample.
+        passes: tower passes of each kept sample (tiles counted).
+        pixels: all their pictures, see `llava.eval.generate.pack`.
+        sizes: their (width, height).
+        failures: (place in the batch, reason) of samples whose pictures cannot be used.
+    """
+
+    index: int
+    kept: list[int]
+    counts: list[int]
+    passes: list[int]
+    pixels: Tensor | list[Tensor] | None
+    sizes: list[tuple[int, int]]
+    failures: list[tuple[int, str]]
+
+
+class PictureBatches(Dataset):
+    """Batches of pictures by number.
+
+    Args:
+        batches: for every batch the files of each sample.
+        open_file: gives the pictures in a file (a video has several).
+        image_processor: the model's image processor.
+        config: the model's config.
+    """
+
+    def __init__(
+        self, batches: Sequence[Sequence[Sequence[Path]]], open_file: Opener, image_processor: Any, config: Any
+    ):
+        self._batches, self._open = batches, open_file
+        self._image_processor, self._config = image_processor, config
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> LoadedBatch:
+        """Load one batch; every file is read once."""
+        opened: dict[Path, tuple[list[Tensor], list[tuple[int, int]]]] = {}
+        loaded = LoadedBatch(index, [], [], [], None, [], [])
+        pixels: list[Tensor] = []
+        for place, files in enumerate(self._batches[index]):
+            try:
+                for file in files:
+                    if file not in opened:
+                        opened[file] = self._load(file)
+            except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+                loaded.failures.append((place, str(error)))
+                continue
+            own = [tensor for file in files for tensor in opened[file][0]]
+            loaded.kept.append(place)
+            loaded.counts.append(len(own))
+            loaded.passes.append(sum(tensor.shape[0] if tensor.dim() == 4 else 1 for tensor in own))
+            loaded.sizes += [size for file in files for size in opened[file][1]]
+            pixels += own
+        loaded.pixels = pack(pixels)
+        return loaded
+
+    def _load(self, file: Path) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        pictures = self._open(file)
+        return preprocess(pictures, self._image_processor, self._config), [picture.size for picture in pictures]
+
+
+def load_batches(batches: PictureBatches, workers: int) -> DataLoader:
+    """Iterate over the batches in order; `workers` processes prepare the next ones meanwhile (0: none)."""
+    workers = min(workers, len(batches))
+    return DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None)
+
+
+def open_with(task: Task, path: Path) -> list[Image.Image]:
+    """Open a file as a benchmark's protocol says: one picture, or the frames of a video."""
+    frames = getattr(task, "open_frames", None)
+    return [task.open_visual(path)] if not task.video or frames is None else frames(path)

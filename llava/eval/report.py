@@ -1,0 +1,262 @@
+"""One table over all runs of a results folder, as in the paper: score and percent of a baseline, and their average.
+
+    python -m llava.eval.report RESULTS --baseline NAME [--out RESULTS/report] [--benchmarks pope,gqa] [--paper]
+
+Writes Markdown, CSV and JSON and prints the Markdown. Exit status: 0; 1 for a wrong request; 2 if a result is
+incomplete (its score is then left out of the table).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from llava.eval.answers import write_json
+from llava.eval.files import read_json
+from llava.eval.paper import PAPER_ROWS
+from llava.eval.runner import RESULT_SUFFIX
+from llava.eval.tasks import TASKS
+from llava.eval.tasks.base import BadEvalData
+
+# The paper's columns come first, in its order; others follow by name.
+ORDER = ("pope", "scienceqa", "textvqa", "mme", "gqa", "seed_image", "tgif_qa", "msvd_qa", "msrvtt_qa")
+NEEDED = (
+    "name", "benchmark", "title", "headline", "metrics", "n_expected", "n_missing", "n_unparsed", "missing_skipped",
+    "visual_tokens", "seconds_per_sample", "digest", "notes",
+)  # fmt: skip
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: what was run.
+        scores: score by benchmark, in its own unit.
+        percent: percent of the baseline's score, where both have one.
+        average: mean of `percent`, or None.
+        compared: how many benchmarks that is.
+        tokens: visual tokens per layer on average over samples with a picture, or None.
+        seconds: seconds a sample, averaged over benchmarks, or None.
+        untouched: per stage: samples in which it removed nothing, and samples with a picture.
+        marks: what a reader must know about a score, by benchmark.
+    """
+
+    name: str
+    scores: dict[str, float]
+    percent: dict[str, float] = field(default_factory=dict)
+    average: float | None = None
+    compared: int = 0
+    tokens: float | None = None
+    seconds: float | None = None
+    untouched: dict[str, tuple[int, int]] = field(default_factory=dict)
+    marks: dict[str, list[str]] = field(default_factory=dict)
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Read all results below a folder.
+
+    Raises:
+        BadEvalData: there are none, one is malformed, or a row has two results for one benchmark.
+    """
+    paths = sorted(folder.rglob(f"*{RESULT_SUFFIX}"))
+    if not paths:
+        raise BadEvalData(f"{folder} has no *{RESULT_SUFFIX}; run python -m llava.eval with --out {folder} first")
+    found: dict[tuple[str, str], Path] = {}
+    records = []
+    for path in paths:
+        record = read_json(path, dict)
+        lacking = [key for key in NEEDED if key not in record]
+        if lacking:
+            raise BadEvalData(f"{path}: {', '.join(lacking)} missing; run the benchmark again")
+        place = (record["name"], record["benchmark"])
+        if place in found:
+            raise BadEvalData(
+                f"row {place[0]!r} has two results for {place[1]}, of different settings: {found[place]} and {path}; "
+                "remove one, or give the runs different --name"
+            )
+        found[place] = path
+        records.append(record)
+    return records
+
+
+def incomplete(record: Mapping[str, Any]) -> bool:
+    """Whether answers are missing and nobody said that this is meant."""
+    return bool(record["n_missing"]) and not record["missing_skipped"]
+
+
+def make_row(name: str, records: Sequence[Mapping[str, Any]]) -> Row:
+    """Put one row's results together; incomplete ones have no score."""
+    row = Row(name, {r["benchmark"]: r["metrics"][r["headline"]] for r in records if not incomplete(r)})
+    tokens = [(r["visual_tokens"]["average_tokens"], r["visual_tokens"]["samples"]) for r in records]
+    tokens = [(average, samples) for average, samples in tokens if average is not None]
+    if tokens:
+        row.tokens = sum(average * samples for average, samples in tokens) / sum(samples for _, samples in tokens)
+    seconds = [r["seconds_per_sample"] for r in records if r["seconds_per_sample"] is not None]
+    row.seconds = fmean(seconds) if seconds else None
+    for record in records:
+        for stage, count in record["visual_tokens"]["untouched"].items():
+            before = row.untouched.get(stage, (0, 0))
+            row.untouched[stage] = (before[0] + count, before[1] + record["visual_tokens"]["samples"])
+        row.marks[record["benchmark"]] = _marks(record)
+    return row
+
+
+def _marks(record: Mapping[str, Any]) -> list[str]:
+    marks = list(record["notes"])
+    missing = f"{record['n_missing']} of {record['n_expected']} questions have no answer"
+    if record["n_missing"]:
+        marks.append(f"{missing}; no score" if incomplete(record) else f"{missing} and count as wrong")
+    if record["n_unparsed"]:
+        marks.append(f"{record['n_unparsed']} answers could not be read and count as the official rule says")
+    if record["visual_tokens"].get("cut"):
+        marks.append(f"{record['visual_tokens']['cut']} prompts filled the model's context and may have been cut")
+    return marks
+
+
+def compare(row: Row, baseline: Mapping[str, float]) -> None:
+    """Fill in percent of the baseline (of 0 there is none), and their mean over the benchmarks that both have."""
+    row.percent = {name: 100 * score / baseline[name] for name, score in row.scores.items() if baseline.get(name)}
+    row.compared = len(row.percent)
+    row.average = fmean(row.percent.values()) if row.percent else None
+
+
+def make_rows(records: Sequence[Mapping[str, Any]], baseline: str | None, paper: bool = False) -> list[Row]:
+    """The table's rows: the baseline first, then the others by name.
+
+    Args:
+        records: results.
+        baseline: a row's name, or one of `PAPER_ROWS`; None compares with nothing.
+        paper: add the paper's DUET rows on the benchmarks that were run.
+
+    Raises:
+        BadEvalData: there is no such baseline.
+    """
+    names = sorted({record["name"] for record in records})
+    rows = {name: make_row(name, [r for r in records if r["name"] == name]) for name in names}
+    wanted = [name for name in PAPER_ROWS if name not in rows and (name == baseline or paper)]
+    run = {record["benchmark"] for record in records}
+    for name in wanted:
+        scores = {benchmark: score for benchmark, score in PAPER_ROWS[name].items() if benchmark in run}
+        if scores or name == baseline:
+            rows[name] = Row(name, scores)
+    if baseline is not None:
+        if baseline not in rows:
+            known = [*names, *(name for name in PAPER_ROWS if "duet" not in name)]
+            raise BadEvalData(f"no baseline {baseline!r}; known: {', '.join(known)}")
+        for row in rows.values():
+            compare(row, rows[baseline].scores)
+    ordered = sorted(rows.values(), key=lambda row: (row.name != baseline, row.name))
+    return ordered
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """The benchmarks that have a score or a mark, in the paper's order."""
+    names = {name for row in rows for name in (*row.scores, *row.marks)}
+    return [*(name for name in ORDER if name in names), *sorted(names - set(ORDER))]
+
+
+def title(benchmark: str) -> str:
+    """The head of a benchmark's column; its name where the benchmark is not known here."""
+    return TASKS.get(benchmark).title if benchmark in TASKS.names() else benchmark
+
+
+def _cell(row: Row, benchmark: str) -> str:
+    if benchmark not in row.scores:
+        return "incomplete" if benchmark in row.marks else "n/a"
+    score = row.scores[benchmark]
+    text = f"{score:.0f}" if abs(score) >= 200 else f"{score:.1f}"
+    return f"{text} ({row.percent[benchmark]:.1f}%)" if benchmark in row.percent else text
+
+
+def _number(value: float | None, form: str) -> str:
+    return "n/a" if value is None else format(value, form)
+
+
+def markdown(rows: Sequence[Row], baseline: str | None) -> str:
+    """The table, what was measured, and the notes."""
+    names = columns(rows)
+    head = ["run", "visual tokens", *map(title, names), "Avg", "s/sample", "untouched by a stage"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        average = "n/a" if row.average is None else f"{row.average:.1f}% of {row.compared}"
+        untouched = ", ".join(f"{stage}: {count}/{of}" for stage, (count, of) in row.untouched.items()) or "n/a"
+        cells = [row.name, _number(row.tokens, ".2f"), *(_cell(row, name) for name in names), average]
+        lines.append("| " + " | ".join([*cells, _number(row.seconds, ".4f"), untouched]) + " |")
+    if baseline is not None:
+        lines += ["", f"In brackets: percent of {baseline}. Avg: their mean, over how many benchmarks."]
+    lines += [
+        "Visual tokens: measured, mean over decoder layers and over samples with a picture; n/a for published rows.",
+        "",
+    ]
+    lines += [
+        f"- {row.name}, {title(name)}: {mark}" for row in rows for name in names for mark in row.marks.get(name, [])
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """The table with all digits: per benchmark a score and a percentage."""
+    names = columns(rows)
+    stages = list(dict.fromkeys(stage for row in rows for stage in row.untouched))
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        head = ["run", "visual_tokens", *(part for name in names for part in (name, f"{name}_percent"))]
+        writer.writerow([*head, "avg_percent", "avg_of", "seconds_per_sample", *(f"untouched {s}" for s in stages)])
+        for row in rows:
+            scores = [part for name in names for part in (row.scores.get(name), row.percent.get(name))]
+            counts = [row.untouched[stage][0] if stage in row.untouched else None for stage in stages]
+            writer.writerow([row.name, row.tokens, *scores, row.average, row.compared, row.seconds, *counts])
+
+
+def write_report(records: Sequence[Mapping[str, Any]], rows: Sequence[Row], baseline: str | None, out: Path) -> str:
+    """Write `out`.md, .csv and .json; returns the Markdown."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    text = markdown(rows, baseline)
+    out.with_name(out.name + ".md").write_text(text, encoding="utf-8")
+    write_csv(rows, out.with_name(out.name + ".csv"))
+    content = {"baseline": baseline, "rows": [asdict(row) for row in rows], "results": list(records)}
+    write_json(out.with_name(out.name + ".json"), content)
+    return text
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.eval.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="the --out of python -m llava.eval")
+    parser.add_argument("--baseline", default=None, help="row that the others are percentages of, or paper-7b")
+    parser.add_argument("--out", type=Path, default=None, help="first part of the files' names (RESULTS/report)")
+    parser.add_argument("--benchmarks", default=None, help="only these, separated by commas")
+    parser.add_argument("--paper", action="store_true", help="also show the paper's rows")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = make_parser().parse_args(argv)
+    try:
+        records = read_records(args.results)
+        if args.benchmarks:
+            wanted = {TASKS.get(name.strip()).name for name in args.benchmarks.split(",")}
+            records = [record for record in records if record["benchmark"] in wanted]
+        rows = make_rows(records, args.baseline, args.paper)
+        print(write_report(records, rows, args.baseline, args.out or args.results / "report"), end="")
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for record in filter(incomplete, records):
+        print(f"incomplete: {record['name']}, {record['benchmark']}: {record['n_missing']} missing", file=sys.stderr)
+    return 2 if any(map(incomplete, records)) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,258 @@
+"""What LLaVA's question-answering entry points share: a question file and an image folder in, an answers file out."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+from transformers.utils import logging
+
+from llava.eval.answers import AnswersFile, write_json
+from llava.eval.files import read_json_lines
+from llava.eval.generate import Answerer
+from llava.eval.pictures import PictureBatches, load_batches
+from llava.eval.run_llava import generation_options
+from llava.eval.settings import Settings, model_fingerprint, questions_digest
+from llava.eval.tasks.base import BadEvalData, Question
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import load_pretrained_model
+from llava.reduction import ReductionArguments
+
+logger = logging.get_logger(__name__)
+
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class VqaRow:
+    """One question.
+
+    Attributes:
+        question_id: its id.
+        text: the user's turn without the image mark.
+        prompt: what is stored as the prompt.
+        image: a file below the image folder, or None.
+    """
+
+    question_id: str | int
+    text: str
+    prompt: str
+    image: str | None = None
+
+
+def make_parser(prog: str, description: str, question_file: str, conv_mode: str) -> argparse.ArgumentParser:
+    """LLaVA's flags with LLaVA's defaults, and ours."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--model-path", default="facebook/opt-350m", help="checkpoint folder or hub name")
+    parser.add_argument("--model-base", default=None, help="base model of a LoRA or projector folder")
+    parser.add_argument("--image-folder", default="")
+    parser.add_argument("--question-file", default=question_file)
+    parser.add_argument("--answers-file", default="answer.jsonl")
+    parser.add_argument("--conv-mode", default=conv_mode, help="conversation template")
+    parser.add_argument("--num-chunks", type=int, default=1, help="parts that the questions are split into")
+    parser.add_argument("--chunk-idx", type=int, default=0, help="which part to answer, from 0")
+    parser.add_argument("--temperature", type=float, default=0.2, help="LLaVA's default; the benchmarks want 0")
+    parser.add_argument("--top_p", "--top-p", type=float, default=None)
+    parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=8, help="questions at once; greedy answers do not depend on it")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load pictures")
+    parser.add_argument("--device", default="cuda", help="cuda (NVIDIA and AMD) or cpu")
+    ReductionArguments.add_arguments(parser)
+    return parser
+
+
+def split_list(items: Sequence[Any], chunks: int) -> list[list[Any]]:
+    """Cut into that many consecutive parts of ceil(len / chunks) items; the last ones may be short or empty."""
+    size = math.ceil(len(items) / chunks)
+    return [list(items[start * size : (start + 1) * size]) for start in range(chunks)]
+
+
+def get_chunk(items: Sequence[Any], chunks: int, index: int) -> list[Any]:
+    """One part of `split_list`.
+
+    Raises:
+        ValueError: there is no such part.
+    """
+    if not 0 <= index < chunks:
+        raise ValueError(f"--chunk-idx {index} must be at least 0 and below --num-chunks {chunks}")
+    return split_list(items, chunks)[index]
+
+
+def read_questions(path: Path) -> list[VqaRow]:
+    """Read a question file, one object a line with `question_id`, `image` and `text`.
+
+    Raises:
+        BadEvalData: a line is wrong; names it.
+    """
+    rows = []
+    for row in read_json_lines(path):
+        text = row.get("text", str)
+        rows.append(VqaRow(row.get("question_id", str, int), text, text, row.get("image", str)))
+    return rows
+
+
+def open_rgb(path: Path) -> list[Image.Image]:
+    """A picture as RGB."""
+    with Image.open(path) as image:
+        return [image.convert("RGB")]
+
+
+def find_pictures(rows: Sequence[VqaRow], folder: Path) -> list[tuple[Path, ...]]:
+    """The picture of every row.
+
+    Raises:
+        BadEvalData: some are missing; names them.
+    """
+    files = [(folder / row.image,) if row.image else () for row in rows]
+    gone = [(row, path) for row, paths in zip(rows, files, strict=True) for path in paths if not path.is_file()]
+    if gone:
+        listed = "\n".join(f"  question {row.question_id}: {path}" for row, path in gone[:SHOWN])
+        raise BadEvalData(f"{len(gone)} pictures are missing, see --image-folder; among them\n{listed}")
+    return files
+
+
+def continue_file(path: Path, settings: Settings) -> None:
+    """Start an answers file anew unless it was begun with the same settings (they lie next to it)."""
+    beside = path.with_name(path.name + ".settings.json")
+    stored = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and stored != asdict(settings):
+        logger.warning("%s was written with other settings or by another program; it is written anew", path)
+        path.unlink()
+    write_json(beside, asdict(settings))
+
+
+def answer_rows(
+    rows: Sequence[VqaRow],
+    files: Sequence[tuple[Path, ...]],
+    file: AnswersFile,
+    answerer: Answerer,
+    args: argparse.Namespace,
+    max_new_tokens: int,
+    open_picture: Callable[[Path], list[Image.Image]],
+) -> None:
+    """Answer the rows that the file does not have yet, in order.
+
+    Raises:
+        BadEvalData: a picture cannot be opened, or the file's rows are not these.
+    """
+    for number, (row, old) in enumerate(zip(rows, file.rows, strict=False), start=1):
+        if old.get("question_id") != row.question_id:
+            raise BadEvalData(f"{file.path}, line {number}: expected question {row.question_id}; remove the file")
+    starts = range(len(file.rows) // args.batch * args.batch, len(rows), args.batch)
+    pictures = PictureBatches(
+        [files[start : start + args.batch] for start in starts],
+        open_picture,
+        answerer.image_processor,
+        answerer.model.config,
+    )
+    options = generation_options(args.temperature, args.top_p, args.num_beams, max_new_tokens)
+    del options["max_new_tokens"]
+    model_id = get_model_name_from_path(args.model_path)
+    with tqdm(total=len(rows), initial=starts.start, unit="sample") as bar:
+        for start, loaded in zip(starts, load_batches(pictures, args.workers), strict=True):
+            batch = rows[start : start + args.batch]
+            if loaded.failures:
+                place, reason = loaded.failures[0]
+                raise BadEvalData(f"question {batch[place].question_id}: {files[start + place][0]}: {reason}")
+            ids = [answerer.prompt_ids(row.text, count) for row, count in zip(batch, loaded.counts, strict=True)]
+            texts = answerer.generate(ids, loaded.pixels, loaded.sizes, max_new_tokens, **options)
+            new = [_answer_row(row, text, model_id) for row, text in zip(batch, texts, strict=True)]
+            file.append(new[max(len(file.rows) - start, 0) :])
+            bar.update(len(batch))
+
+
+def _answer_row(row: VqaRow, text: str, model_id: str) -> dict[str, Any]:
+    return {
+        "question_id": row.question_id,
+        "prompt": row.prompt,
+        "text": text,
+        "answer_id": hashlib.sha256(f"{model_id} {row.question_id} {row.prompt}".encode()).hexdigest()[:22],
+        "model_id": model_id,
+        "metadata": {},
+    }
+
+
+def run(
+    args: argparse.Namespace,
+    read: Callable[[Path], list[VqaRow]],
+    max_new_tokens: int,
+    open_picture: Callable[[Path], list[Image.Image]] = open_rgb,
+) -> None:
+    """Answer one chunk of a question file.
+
+    Raises:
+        BadEvalData: the question file or a picture is missing or wrong.
+        ValueError: a wrong request.
+    """
+    rows = get_chunk(read(Path(os.path.expanduser(args.question_file))), args.num_chunks, args.chunk_idx)
+    folder = Path(args.image_folder)
+    files = find_pictures(rows, folder)
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        args.model_path,
+        args.model_base,
+        get_model_name_from_path(args.model_path),
+        device=args.device,
+        duet_config=ReductionArguments.from_namespace(args),
+    )
+    answerer = Answerer(model, tokenizer, image_processor, args.conv_mode)
+    asked = [
+        Question(str(i), r.question_id, r.text, paths) for i, (r, paths) in enumerate(zip(rows, files, strict=True))
+    ]
+    tower = getattr(model.config, "mm_vision_tower", None)
+    settings = Settings(
+        benchmark=args.question_file,
+        questions=questions_digest(asked, folder),
+        model=model_fingerprint(args.model_path, args.model_base, tower),
+        reduction=getattr(model.config, "duet", None),
+        template=args.conv_mode,
+        decoding=generation_options(args.temperature, args.top_p, args.num_beams, max_new_tokens),
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=str(getattr(model.config, "_attn_implementation", None)),
+        visuals=str(getattr(model.config, "image_aspect_ratio", None)),
+    )
+    path = Path(os.path.expanduser(args.answers_file))
+    continue_file(path, settings)
+    with AnswersFile(path) as file:
+        answer_rows(rows, files, file, answerer, args, max_new_tokens, open_picture)
+
+
+def exit_status(function: Callable[[], None]) -> int:
+    """Run it; returns 0, 2 if a file or picture is missing or wrong, 1 for other errors, with the reason printed."""
+    try:
+        function()
+    except BadEvalData as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main(argv: list[str] | None, prog: str, description: str, max_new_tokens: int | None) -> int:
+    """Command line of an entry point for question files in JSON lines.
+
+    Args:
+        argv: arguments, None for the process's own.
+        prog: name of the program.
+        description: what it does.
+        max_new_tokens: length limit; None adds the flag for it, with LLaVA's default of 128.
+    """
+    parser = make_parser(prog, description, "tables/question.jsonl", "llava_v1")
+    if max_new_tokens is None:
+        parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
+    args = parser.parse_args(argv)
+    limit = args.max_new_tokens if max_new_tokens is None else max_new_tokens
+    return exit_status(functools.partial(run, args, read_questions, limit))
