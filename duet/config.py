@@ -34,10 +34,12 @@ class DuetConfig:
         positions: ``"compact"`` renumbers 0..n-1 after a drop, ``"original"`` keeps the numbers that tokens entered
             with, ``"auto"`` is compact for 1-D rotary positions and original for multi-axis ones.
         variant: ``"paper"`` is Algorithm 1; ``"release"`` is the code that its authors published.
-        stage1: name of the vision reducer, or ``"none"``.
+        stage1: name of the vision reducer, or ``"none"``. Any of them hands on ``dominant + contextual`` tokens.
+        stage2: name of the language reducer, which acts where ``schedule`` says.
         salient_tokens: how many text tokens ``queries="salient"`` picks besides the last one.
         depth: the number of decoder layers that ``schedule`` was written for; it is rescaled to the model's depth.
             ``None`` takes the layers literally.
+        seed: what choices at random start from, in the methods that make any.
 
     Raises:
         ValueError: a field is out of range; the message names it.
@@ -52,8 +54,10 @@ class DuetConfig:
     positions: str = "auto"
     variant: str = "paper"
     stage1: str = "local_cluster"
+    stage2: str = "text_guided"
     salient_tokens: int = 5
     depth: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", _clean_schedule(self.schedule))
@@ -78,6 +82,10 @@ class DuetConfig:
                 raise ValueError("dominant must be at least 1 here: the class token counts as one dominant token")
 
     def _check_stage2(self) -> None:
+        from duet.stage2 import LANGUAGE_REDUCERS
+
+        LANGUAGE_REDUCERS.get(self.stage2)
+        _check_count("seed", self.seed, least=0)
         _check_choice("positions", self.positions, POSITIONS)
         if isinstance(self.queries, str):
             _check_choice("queries", self.queries, QUERIES)
@@ -184,10 +192,12 @@ class DuetConfig:
 
     def is_noop(self, patches: int) -> bool:
         """Return whether nothing is removed or changed for a tower pass of ``patches`` patches."""
-        all_kept = self.stage1 == "none" or (
-            not self.counts_class_token and self.dominant == patches and self.contextual == 0
-        )
+        all_kept = self.stage1 == "none" or self.keeps_every_patch(patches)
         return all_kept and all(ratio == 1.0 for ratio in self.schedule.values())
+
+    def keeps_every_patch(self, patches: int) -> bool:
+        """Return whether stage 1 hands on ``patches`` patches as they are, whatever its method."""
+        return not self.counts_class_token and self.dominant == patches and self.contextual == 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary; ``from_dict`` reads it back."""

@@ -20,7 +20,7 @@ from duet import tracing
 from duet.budget import kept_tokens
 from duet.cache import CachedSegment, DuetCache
 from duet.config import DuetConfig
-from duet.stage2 import LANGUAGE_REDUCERS
+from duet.stage2 import LANGUAGE_REDUCERS, Stage
 from duet.stage2.text_guided import answers_from_labels, query_rows
 from duet.tokens import TokenState, compact_positions, is_left_padded, rank_descending
 
@@ -99,7 +99,12 @@ def run_decoder(
     assert config is not None
     cache = _fresh_cache(decoder, past_key_values) if use_cache else None
     state = _initial_state(inputs_embeds, attention_mask, position_ids, visual_mask, labels)
-    state = replace(state, queries=_queries(state, labels, answer_mask, query_indices, config))
+    answers = answers_from_labels(labels) if answer_mask is None else answer_mask
+    state = replace(
+        state,
+        text=query_rows(state.valid, state.visual, answers, "all"),
+        queries=_queries(state, answers, query_indices, config),
+    )
     if query_indices is not None:
         config = replace(config, queries="all")
     pass_ = _ReducedPass(decoder, config.for_depth(len(decoder.layers)), cache, output_hidden_states, layer_kwargs)  # type: ignore[arg-type]
@@ -142,13 +147,16 @@ def _record_plain(decoder: nn.Module, hidden: Tensor, attention_mask: Tensor | N
 
 def _run_layers(
     decoder, hidden, start, stop, attention_mask, position_ids, cache, layer_kwargs,
-    use_cache=False, mask_positions=None, seen_states=None,
+    use_cache=False, mask_positions=None, seen_states=None, keep_states=None,
 ) -> Tensor:  # fmt: skip
-    """Run layers ``start`` to ``stop - 1`` with one mask and one rotary table."""
+    """Run layers ``start`` to ``stop - 1`` with one mask and one rotary table.
+
+    ``seen_states`` collects the input of every layer, or of the last ``keep_states`` of them.
+    """
     masks = _masks(decoder, hidden, attention_mask, cache, mask_positions, start)
     rotary = decoder.rotary_emb(hidden, position_ids)
     for index in range(start, stop):
-        if seen_states is not None:
+        if seen_states is not None and (keep_states is None or index >= stop - keep_states):
             seen_states.append(hidden)
         out = decoder.layers[index](
             hidden,
@@ -220,6 +228,7 @@ def _initial_state(inputs_embeds, attention_mask, position_ids, visual_mask, lab
         hidden=inputs_embeds,
         valid=valid,
         visual=visual if valid is None else visual & valid,
+        text=torch.zeros_like(visual),
         queries=torch.zeros_like(visual),
         origin=index,
         positions=position_ids,
@@ -228,13 +237,12 @@ def _initial_state(inputs_embeds, attention_mask, position_ids, visual_mask, lab
     )
 
 
-def _queries(state: TokenState, labels, answer_mask, query_indices, config: DuetConfig) -> Tensor:
+def _queries(state: TokenState, answers, query_indices, config: DuetConfig) -> Tensor:
     if query_indices is not None:
         given = query_indices.to(state.visual.device)
         marks = torch.zeros_like(state.visual, dtype=torch.int32)
         marks.scatter_add_(1, given.clamp(min=0), (given >= 0).int())
         return marks > 0
-    answers = answers_from_labels(labels) if answer_mask is None else answer_mask
     return query_rows(state.valid, state.visual, answers, config.queries)
 
 
@@ -251,6 +259,7 @@ class _ReducedPass:
         self._states: list[Tensor] | None = [] if want_hidden else None
         self._depth = len(decoder.layers)
         self._multi_axis = False
+        self._previous: Tensor = torch.empty(0)
 
     def all_hidden(self, last: Tensor) -> tuple[Tensor, ...] | None:
         """Return the input of every layer and the normed output, if asked for."""
@@ -288,10 +297,14 @@ class _ReducedPass:
         return visual, total
 
     def _segment(self, state: TokenState, start: int, stop: int) -> TokenState:
+        seen: list[Tensor] = []
         hidden = _run_layers(
             self._decoder, state.hidden, start, stop, state.valid, state.positions, self._cache, self._kwargs,
-            use_cache=self._cache is not None, seen_states=self._states,
+            use_cache=self._cache is not None, seen_states=seen, keep_states=None if self._states is not None else 1,
         )  # fmt: skip
+        self._previous = seen[-1]
+        if self._states is not None:
+            self._states += seen
         if self._cache is not None:
             self._cache.segments.append(CachedSegment(start, stop, state.valid, _next_position(state)))
         return replace(state, hidden=hidden)
@@ -314,10 +327,10 @@ class _ReducedPass:
         return replace(state, positions=positions)
 
     def _best_visual(self, state: TokenState, layer: int, kept: list[int]) -> Tensor:
-        """Mark the ``kept[b]`` visual tokens of each sample that the query rows attend to most. Shapes: [B, L]."""
-        rotary = self._decoder.rotary_emb(state.hidden, state.positions)
-        score = LANGUAGE_REDUCERS.get("text_guided")(self._decoder.layers[layer], state, rotary, self._config)
-        order = rank_descending(score.masked_fill(~state.visual, -1.0))
+        """Mark the ``kept[b]`` visual tokens of each sample that the reducer scores highest. Shapes: [B, L]."""
+        stage = Stage(self._decoder, layer, state, self._previous, kept)
+        score = LANGUAGE_REDUCERS.get(self._config.stage2)(stage, self._config)
+        order = rank_descending(score.masked_fill(~state.visual, float("-inf")))
         quota = torch.tensor(kept, device=order.device).unsqueeze(1)
         chosen = torch.arange(order.shape[1], device=order.device) < quota
         return torch.zeros_like(state.visual).scatter(1, order, chosen) & state.visual

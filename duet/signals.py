@@ -90,6 +90,21 @@ class TowerSignals:
         parts = [(block @ keys).softmax(-1).mean(1) for block in query.split(size, dim=2)]
         return torch.cat(parts, dim=1)[..., self._first_patch :]
 
+    def joint_class_row(self) -> Tensor:
+        """Return the class token's attention to the patches with all heads taken as one. Shapes: [B, N].
+
+        Source: PruMerge's code, which does not split queries and keys.
+        """
+        if not self.class_token:
+            raise ValueError("this vision tower has no class token; use column_mass() instead of joint_class_row()")
+        query = self._attention.q_proj(self._hidden[:, :1]).float()
+        keys = self._attention.k_proj(self._hidden).float()
+        return (query @ keys.transpose(-1, -2) * keys.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
+
+    def joint_keys(self) -> Tensor:
+        """Return the keys of the patches with all heads side by side. Shapes: [B, N, D]."""
+        return self._keys.transpose(1, 2).flatten(2)[:, self._first_patch :]
+
     def key_metric(self) -> Tensor:
         """Return the keys of all tower tokens averaged over heads, before any rotation. Shapes: [B, M, d]."""
         return self._keys.mean(1)
@@ -143,6 +158,10 @@ class DecoderSignals:
         cos, sin = (_pick_rows(table, index_BR) for table in self._rotary)
         query = rotate(query, cos, sin).float() * self._attention.scaling
         return query.unflatten(1, (self._keys.shape[1], -1))
+
+    def key_norms(self) -> Tensor:
+        """Return the sum of absolute values of each position's rotated keys, over all key heads. Shapes: [B, L]."""
+        return self._keys.abs().sum(dim=(1, 3))
 
     def received(self, index_BR: Tensor, counted_BR: Tensor) -> Tensor:
         """Return the attention that each position receives from chosen rows, averaged over heads and rows.

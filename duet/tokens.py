@@ -53,7 +53,8 @@ class TokenState:
         hidden: [B, L, D].
         valid: [B, L] bool, or None when no position is padding.
         visual: [B, L] bool, positions that came from an image.
-        queries: [B, L] bool, text rows that rank visual tokens.
+        text: [B, L] bool, text after the first visual token that is no answer (see ``stage2.query_rows``).
+        queries: [B, L] bool, the rows among them that rank visual tokens.
         origin: [B, L] index of each position in the sequence that entered the first layer.
         positions: [B, L] (or [1, L], or [A, B, L] for multi-axis rotary positions).
         labels: [B, L] or None.
@@ -63,6 +64,7 @@ class TokenState:
     hidden: Tensor
     valid: Tensor | None
     visual: Tensor
+    text: Tensor
     queries: Tensor
     origin: Tensor
     positions: Tensor
@@ -80,15 +82,16 @@ class TokenState:
         index = compaction_index(keep_BL, length, self.left_padded)
         valid = keep_BL.gather(1, index) if padded else None
         labels = None if self.labels is None else self.labels.gather(1, index)
-        visual, queries = self.visual.gather(1, index), self.queries.gather(1, index)
+        visual, text, queries = (mask.gather(1, index) for mask in (self.visual, self.text, self.queries))
         if valid is not None:
-            visual, queries = visual & valid, queries & valid
+            visual, text, queries = visual & valid, text & valid, queries & valid
             labels = None if labels is None else labels.masked_fill(~valid, IGNORE_INDEX)
         return replace(
             self,
             hidden=gather_tokens(self.hidden, index),
             valid=valid,
             visual=visual,
+            text=text,
             queries=queries,
             origin=self.origin.gather(1, index),
             positions=_gather_positions(self.positions, index),

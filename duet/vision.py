@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,7 @@ from torch import Tensor, nn
 
 from duet import tracing
 from duet.config import DuetConfig
-from duet.signals import TowerSignals
-from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction
+from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, block_signals
 
 
 def encode_vision(
@@ -22,6 +22,7 @@ def encode_vision(
     select_layer: int | Sequence[int] = -2,
     class_token: bool = False,
     config: DuetConfig | None = None,
+    project: Callable[[Tensor], Tensor] | None = None,
 ) -> VisionReduction:
     """Return the features of a CLIP-like tower, reduced as ``config`` says.
 
@@ -34,6 +35,7 @@ def encode_vision(
         select_layer: index (or indices, concatenated) into the tower's ``hidden_states``; -2 is LLaVA-1.5's choice.
         class_token: keep the class token when nothing is reduced (LLaVA's ``cls_patch``).
         config: None or ``stage1="none"`` keeps all tokens, bit-identical to ``hidden_states[select_layer]``.
+        project: the projector that follows, for reducers that compare projected tokens.
 
     Raises:
         ValueError: the layer does not exist, or the budget exceeds the patches.
@@ -44,6 +46,9 @@ def encode_vision(
     wanted = [select_layer] if isinstance(select_layer, int) else list(select_layer)
     depths = [_depth(index, len(blocks)) for index in wanted]
     reduces = config is not None and config.stage1 != "none"
+    patches = math.prod(_grid(pixel_values, body))
+    if reduces and config.keeps_every_patch(patches):  # type: ignore[union-attr]
+        reduces = class_token = False
 
     hidden = body.pre_layrnorm(body.embeddings(pixel_values))
     states, block_input = {0: hidden}, hidden  # only what is asked for: every other state may be freed
@@ -56,25 +61,20 @@ def encode_vision(
     features = states[depths[0]] if len(depths) == 1 else torch.cat([states[d] for d in depths], dim=-1)
 
     grid = _grid(pixel_values, body)
-    has_class = features.shape[1] == grid[0] * grid[1] + 1
+    has_class = features.shape[1] == patches + 1
     if not reduces:
         drop = has_class and not class_token
         reduction = VisionReduction.identity(features[:, 1:] if drop else features, has_class and not drop, grid)
     else:
         assert config is not None
-        _check_budget(config, grid[0] * grid[1], has_class, depths[-1])
-        block = blocks[depths[-1] - 1]
-        signals = TowerSignals(_normed(block, block_input), block.self_attn, has_class)
-        reduction = VISION_REDUCERS.get(config.stage1)(TowerOutput(features, signals, has_class), config)
+        _check_budget(config, patches, has_class, depths[-1])
+        signals = block_signals(blocks[depths[-1] - 1], block_input, has_class)
+        following = blocks[depths[-1]] if len(depths) == 1 and depths[-1] < len(blocks) else None
+        output = TowerOutput(features, signals, has_class, grid, pixel_values, following, project)
+        reduction = VISION_REDUCERS.get(config.stage1)(output, config)
         reduction = replace(reduction, grid=grid)
     tracing.record_vision(reduction)
     return reduction
-
-
-@torch.no_grad()
-def _normed(block: Any, hidden: Tensor) -> Tensor:
-    """Return what the block's attention reads. Ranking is detached, so this never needs a gradient."""
-    return block.layer_norm1(hidden)
 
 
 def _depth(index: int, blocks: int) -> int:

@@ -37,7 +37,10 @@ class ReductionArguments:
     queries: str | None = _flag("text rows that rank visual tokens: last, all, salient, or a list of indices")
     positions: str | None = _flag("positions after a drop: auto, compact or original")
     variant: str | None = _flag("paper (Algorithm 1) or release (the published code)")
-    stage1: str | None = _flag("vision reducer: local_cluster, visionzip or none")
+    stage1: str | None = _flag("vision reducer, by name; none keeps every patch")
+    stage2: str | None = _flag("language reducer, by name; it acts at --layer_list")
+    reduce: str | None = _flag("both by name, as VISION+LANGUAGE, e.g. visionzip+fastv")
+    reduction_seed: int | None = _flag("what random methods start from")
     use_salient_tokens: bool | None = _flag(
         "released spelling of --queries salient", ["--compute_salient_tokens"], nargs="?", const=True
     )
@@ -76,8 +79,12 @@ class ReductionArguments:
         return replace(base, **overrides)
 
     def _overrides(self, given: dict[str, Any]) -> dict[str, Any]:
-        names = ("dominant", "contextual", "cluster_width", "positions", "variant", "stage1")
+        names = ("dominant", "contextual", "cluster_width", "positions", "variant", "stage1", "stage2")
         overrides = {name: given[name] for name in names if name in given}
+        if "reduction_seed" in given:
+            overrides["seed"] = given["reduction_seed"]
+        if "reduce" in given:
+            overrides |= parse_pair(given["reduce"], overrides)
         if "queries" in given:
             overrides["queries"] = parse_queries(given["queries"])
         if given.get("use_salient_tokens"):
@@ -107,6 +114,21 @@ class ReductionArguments:
     def from_namespace(cls, namespace: Any) -> ReductionArguments:
         """Read the flags from parsed arguments (or any object that has some of them as attributes)."""
         return cls(**{item.name: getattr(namespace, item.name, None) for item in fields(cls)})
+
+
+def parse_pair(text: str, given: dict[str, Any]) -> dict[str, str]:
+    """Read `VISION+LANGUAGE`, where either name may be `none`.
+
+    Raises:
+        ValueError: It is no pair, or `--stage1` or `--stage2` was given as well.
+    """
+    names = [name.strip() for name in text.split("+")]
+    if len(names) != 2 or not all(names):
+        raise ValueError(f"--reduce must be VISION+LANGUAGE, for example visionzip+fastv or none+fastv, got {text!r}")
+    if {"stage1", "stage2"} & set(given):
+        raise ValueError(f"--reduce {text} names both methods; leave --stage1 and --stage2 out")
+    vision, language = names
+    return {"stage1": vision} | ({"schedule": {}} if language == "none" else {"stage2": language})
 
 
 def parse_list(flag: str, text: Any) -> list:

@@ -156,10 +156,16 @@ def _image_features(model: Any, pixel_values: Tensor, layer: Any, strategy: str,
     """Return projected visual tokens, [I, K, D]."""
     layer = model.config.vision_feature_layer if layer is None else layer
     pixel_values = pixel_values.to(model.model.vision_tower.dtype)
+    projector = model.model.multi_modal_projector
     reduction = encode_vision(
-        model.model.vision_tower, pixel_values, select_layer=layer, class_token=strategy == "full", config=config
+        model.model.vision_tower,
+        pixel_values,
+        select_layer=layer,
+        class_token=strategy == "full",
+        config=config,
+        project=projector,
     )
-    return model.model.multi_modal_projector(reduction.tokens)
+    return projector(reduction.tokens)
 
 
 def _placeholders(model: Any, ids_or_embeds: Tensor) -> Tensor:

@@ -1,20 +1,21 @@
 """Vision reducers: tower features in, fewer tokens out. One file in this package is one method.
 
 A reducer is a callable ``reduce(tower, config) -> VisionReduction`` registered by name with
-``@VISION_REDUCERS.register("name")``.
+``@VISION_REDUCERS.register("name")``. It hands on ``config.entering`` tokens per image and looks at no other image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from duet._registry import Registry
 from duet.signals import TowerSignals
+from duet.tokens import gather_tokens
 
 if TYPE_CHECKING:
     from duet.config import DuetConfig
@@ -31,16 +32,46 @@ class TowerOutput:
         features: [B, M, D], the class token first when there is one.
         signals: attention signals of the block that made the features.
         class_token: whether token 0 is a class token.
+        grid: (rows, columns) of patches.
+        pixels: [B, 3, height, width], what the tower saw.
+        next_block: the block that would run next, None after the last one.
+        project: the model's projector, [.., D] to the language model's width; None where the caller has none.
     """
 
     features: Tensor
     signals: TowerSignals
     class_token: bool
+    grid: tuple[int, int]
+    pixels: Tensor
+    next_block: Any = None
+    project: Callable[[Tensor], Tensor] | None = None
 
     @property
     def patches(self) -> Tensor:
         """Patch features, [B, N, D]."""
         return self.features[:, 1:] if self.class_token else self.features
+
+    def next_signals(self) -> TowerSignals:
+        """Return the signals of the block that would run next.
+
+        Raises:
+            ValueError: the features come from the last block.
+        """
+        if self.next_block is None:
+            raise ValueError("this method reads the tower block after the features; select an earlier vision layer")
+        return block_signals(self.next_block, self.features, self.class_token)
+
+    def image_numbers(self) -> Tensor:
+        """Return a number per image that its pixels' bits alone decide, for choices at random. Shapes: [B] int64."""
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[self.pixels.element_size()]
+        flat = self.pixels.detach().contiguous().view(bits).flatten(1).long()
+        return (flat * (torch.arange(flat.shape[1], device=flat.device) % 8191 + 1)).sum(1)
+
+
+@torch.no_grad()
+def block_signals(block: Any, hidden: Tensor, class_token: bool) -> TowerSignals:
+    """Return the signals of a tower block from its input [B, M, D]; detached, since nothing learns to rank."""
+    return TowerSignals(block.layer_norm1(hidden), block.self_attn, class_token)
 
 
 @dataclass(frozen=True)
@@ -71,6 +102,13 @@ class VisionReduction:
         if class_token:
             kind[0] = CLASS_TOKEN
         return cls(features, source, kind, source.new_empty(batch, 0, 0), grid)
+
+
+def keep_patches(tower: TowerOutput, index_BK: Tensor) -> VisionReduction:
+    """Return the reduction that keeps the given patches [B, K], in raster order, and nothing of the others."""
+    index = index_BK.sort(dim=1).values
+    kind = torch.full((index.shape[1],), DOMINANT, device=index.device)
+    return VisionReduction(gather_tokens(tower.patches, index), index, kind, index.new_empty(len(index), 0, 0))
 
 
 VisionReducer = Callable[[TowerOutput, "DuetConfig"], VisionReduction]

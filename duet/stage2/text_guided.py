@@ -8,32 +8,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from duet.signals import DecoderSignals
-from duet.stage2 import LANGUAGE_REDUCERS
+from duet.stage2 import LANGUAGE_REDUCERS, Stage
 from duet.tokens import IGNORE_INDEX, compaction_index, top_indices
 
 if TYPE_CHECKING:
     from duet.config import DuetConfig
-    from duet.tokens import TokenState
 
 
 @LANGUAGE_REDUCERS.register("text_guided")
 @torch.no_grad()
-def text_guided(layer: nn.Module, state: TokenState, rotary: tuple[Tensor, Tensor], config: DuetConfig) -> Tensor:
+def text_guided(stage: Stage, config: DuetConfig) -> Tensor:
     """Return the attention that each position receives from the query rows, evaluated with the next layer's weights.
 
-    Args:
-        layer: the decoder layer that runs next.
-        state: the batch at its input.
-        rotary: (cos, sin) of the current positions.
-        config: chooses the rows.
-
-    Shapes: returns [B, L] in fp32, averaged over heads and rows; ranking is detached. Source: DUET-VLM Sec. 3.2.
+    ``config.queries`` chooses the rows. Shapes: returns [B, L] in fp32, averaged over heads and rows; ranking is
+    detached. Source: DUET-VLM Sec. 3.2; with the last row and no stage 1 this is PyramidDrop (arXiv 2410.17247).
     """
-    signals = DecoderSignals(layer, state.hidden.detach(), rotary, state.valid)
-    rows, counted = marked_indices(state.queries)
+    signals = stage.next_signals()
+    rows, counted = marked_indices(stage.state.queries)
     if config.queries == "salient":
         rows, counted = _salient_rows(signals, rows, counted, config.salient_tokens)
     elif isinstance(config.queries, tuple):

@@ -145,7 +145,7 @@ class LlavaMetaForCausalLM(ABC):
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
         reduction = self.reduction
         # Without a reduction the call is LLaVA's own, for projects that replace the tower's forward.
-        features = tower(images) if reduction is None else tower(images, reduction=reduction)
+        features = tower(images) if reduction is None else tower(images, reduction=reduction, project=projector)
         weight = next(projector.parameters(), None)
         return projector(features if weight is None else features.to(weight.dtype))
 

@@ -1,5 +1,7 @@
 """No stage allocates anything of the order of N x N per head, and the watcher that says so can see one that does."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -11,11 +13,13 @@ from duet import DuetConfig, encode_vision, run_decoder
 from duet.probe import peak_memory
 from duet.signals import TowerSignals
 from duet.stage1 import VISION_REDUCERS, TowerOutput
+from duet.stage2 import LANGUAGE_REDUCERS
 
 N = 2880
 HEADS = 16
 WIDTH = 128
-# A quarter of N x N per head. Blockwise scores stay below a tenth of it, one whole map is four times above.
+# A quarter of N x N per head. Blockwise scores and comparisons of features, which have no heads, stay below a tenth of
+# it; one whole map is four times above.
 LIMIT = HEADS * N * N // 4
 
 
@@ -57,7 +61,10 @@ class Attention(nn.Module):
 def tower_output(patches):
     torch.manual_seed(0)
     hidden = torch.randn(1, patches + 1, WIDTH)
-    return TowerOutput(hidden, TowerSignals(hidden, Attention(), True), True)
+    attention = Attention()
+    block = types.SimpleNamespace(layer_norm1=nn.Identity(), self_attn=attention)
+    grid = (40, patches // 40)
+    return TowerOutput(hidden, TowerSignals(hidden, attention, True), True, grid, torch.randn(1, 3, 8, 8), block)
 
 
 def tiny_decoder(layers=4):
@@ -68,11 +75,7 @@ def tiny_decoder(layers=4):
     return LlamaModel(config).eval()
 
 
-STAGE1 = {
-    "paper": {"variant": "paper"},
-    "release": {"variant": "release"},
-    "visionzip": {"stage1": "visionzip"},
-}
+STAGE1 = {name: {"stage1": name} for name in VISION_REDUCERS.names()} | {"release": {"variant": "release"}}
 
 
 @pytest.mark.parametrize("name", STAGE1)
@@ -103,12 +106,21 @@ def test_the_whole_tower_with_stage_1():
 
 
 @pytest.mark.parametrize("queries", ["last", "all", "salient"])
-def test_stage_2(queries):
+def test_stage_2_rows(queries):
+    stage_2_allocates_no_map(queries=queries)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_REDUCERS.names())
+def test_stage_2_methods(name):
+    stage_2_allocates_no_map(stage2=name)
+
+
+def stage_2_allocates_no_map(**options):
     decoder, text = tiny_decoder(), 200
     embeds = torch.randn(1, N + 2 * text, WIDTH)
     visual = torch.zeros(1, N + 2 * text, dtype=torch.bool)
     visual[:, text : text + N] = True
-    config = DuetConfig(stage1="none", schedule={2: 0.5, 3: 0.0}, queries=queries)
+    config = DuetConfig(stage1="none", schedule={2: 0.5, 3: 0.0}, **options)
     run = largest_allocation(lambda: run_decoder(decoder, embeds, visual_mask=visual, config=config, use_cache=True))
     assert run[0] < LIMIT, f"{run[1]} made {run[0]} elements"
 
@@ -133,7 +145,7 @@ def test_an_eager_decoder_is_caught():
     assert largest > LIMIT
 
 
-@pytest.mark.parametrize("name", STAGE1)
+@pytest.mark.parametrize("name", ["local_cluster", "release", "visionzip", "fastervlm", "random"])
 def test_stage_1_memory_grows_with_the_tokens_not_their_square(name):
     config = DuetConfig(dominant=300, contextual=40, **STAGE1[name])
 

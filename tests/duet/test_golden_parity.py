@@ -194,8 +194,8 @@ def break_tie_as_stored(monkeypatch, sample, position, kept):
     """Two tokens of this sample tie in the last bit of fp32, and the loss depends on which of them stays."""
     score = LANGUAGE_REDUCERS.get("text_guided")
 
-    def nudged(layer, state, rotary, config):
-        out = score(layer, state, rotary, config).clone()
+    def nudged(stage, config):
+        out = score(stage, config).clone()
         out[sample, position + kept] += 2e-8  # scores agree to about 1e-8
         return out
 

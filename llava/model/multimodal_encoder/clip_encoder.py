@@ -139,12 +139,13 @@ class CLIPVisionTower(nn.Module):
     def image_processor(self, processor) -> None:
         self._image_processor = processor
 
-    def forward(self, images: Tensor | list[Tensor], reduction=None) -> Tensor | list[Tensor]:
+    def forward(self, images: Tensor | list[Tensor], reduction=None, project=None) -> Tensor | list[Tensor]:
         """Encode pictures.
 
         Args:
             images: [B, 3, H, W], or a list of [3, H, W] (then the result is a list of [1, K, D]).
             reduction: `duet.DuetConfig` whose stage 1 acts here, or None for all patches.
+            project: the projector that follows, for reducers that compare projected tokens.
 
         Returns:
             [B, K, D] in the dtype of `images`; without a reduction K is every patch (and the class token).
@@ -152,10 +153,10 @@ class CLIPVisionTower(nn.Module):
         trainable = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
             if isinstance(images, list):
-                return [self._encode(image.unsqueeze(0), reduction) for image in images]
-            return self._encode(images, reduction)
+                return [self._encode(image.unsqueeze(0), reduction, project) for image in images]
+            return self._encode(images, reduction, project)
 
-    def _encode(self, images: Tensor, reduction) -> Tensor:
+    def _encode(self, images: Tensor, reduction, project) -> Tensor:
         pixels = images.to(device=self.device, dtype=self.dtype)
         encoded = encode_vision(
             self.vision_tower,
@@ -163,6 +164,7 @@ class CLIPVisionTower(nn.Module):
             select_layer=self.select_layer,
             class_token=self.select_feature == "cls_patch",
             config=reduction,
+            project=project,
         )
         return encoded.tokens.to(images.dtype)
 

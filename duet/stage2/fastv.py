@@ -1,0 +1,25 @@
+"""FastV (arXiv 2403.06764): the attention of the last prompt token in the layer that has just run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from duet.stage2 import LANGUAGE_REDUCERS, Stage
+from duet.stage2.text_guided import marked_indices
+
+if TYPE_CHECKING:
+    from duet.config import DuetConfig
+
+
+@LANGUAGE_REDUCERS.register("fastv")
+@torch.no_grad()
+def fastv(stage: Stage, config: DuetConfig) -> Tensor:
+    """Return the attention that each position received in the last layer, averaged over heads and the query rows.
+
+    FastV's row is the last prompt token (``queries="last"``); its keep ratio acts once, after two or three layers.
+    Shapes: returns [B, L]. Source: FastV Sec. 4.1 and its code, which reads the executed layer, not the next one.
+    """
+    return stage.last_signals().received(*marked_indices(stage.state.queries))
