@@ -155,7 +155,7 @@ class SeedResult:
 
     Attributes:
         texts: answers by id, see `plain_id`.
-        metrics: see `seed_scores`; without video where no video question was answered.
+        metrics: see `seed_scores`, types in the order of their ids; no video where no video question was answered.
         expected: ids of the questions that count; missing: those without an answer, which are wrong.
     """
 
@@ -177,7 +177,8 @@ def score_answers(problems: Mapping[str | int, Problem], answers: Sequence[Answe
     texts = {key: found[str(key)].text for key in problems if str(key) in found}
     video = any(problems[key].data_type == "video" for key in texts)
     expected = [key for key, problem in problems.items() if video or problem.data_type == "image"]
-    rows = ((problems[k].kind, problems[k].data_type, problems[k].answer, texts.get(k)) for k in expected)
+    by_type = sorted(expected, key=lambda key: problems[key].row.data["question_type_id"])
+    rows = ((problems[key].kind, problems[key].data_type, problems[key].answer, texts.get(key)) for key in by_type)
     return SeedResult(texts, seed_scores(rows), expected, [str(key) for key in expected if key not in texts])
 
 
