@@ -68,6 +68,7 @@ METHODS: dict[str, Method] = {
     "divprune": _vision("divprune", "DivPrune (arXiv 2503.02175)"),
     "tome_post": _vision("tome_post", "ToMe (arXiv 2210.09461), after the tower"),
     "average_pool": _vision("average_pool", "baseline"),
+    "downsample": _vision("downsample", "VTC-Bench (arXiv 2510.07143)"),
     "random": _vision("random", "baseline"),
     "pyramiddrop": Method("none", _PYRAMID, "ratios", "PyramidDrop (arXiv 2410.17247)"),
     "pyramiddrop-early": Method("none", {4: 0.5, 8: 0.25, 16: 0.125}, "ratios", "PyramidDrop with earlier stages"),

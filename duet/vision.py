@@ -50,7 +50,16 @@ def encode_vision(
     if reduces and config.keeps_every_patch(patches):  # type: ignore[union-attr]
         reduces = class_token = False
 
-    hidden = body.pre_layrnorm(body.embeddings(pixel_values))
+    reducer = VISION_REDUCERS.get(config.stage1) if reduces else None  # type: ignore[union-attr]
+    resize = getattr(reducer, "resize", None)
+    if resize is None:
+        embedded = body.embeddings(pixel_values)
+    else:
+        _check_budget(config, patches, False, max(depths))  # type: ignore[arg-type]
+        pixel_values = resize(pixel_values, config, body.config.patch_size)
+        patches = math.prod(_grid(pixel_values, body))
+        embedded = body.embeddings(pixel_values, interpolate_pos_encoding=True)
+    hidden = body.pre_layrnorm(embedded)
     states, block_input = {0: hidden}, hidden  # only what is asked for: every other state may be freed
     for index in range(max(depths)):
         if index == depths[-1] - 1:
@@ -62,7 +71,7 @@ def encode_vision(
 
     grid = _grid(pixel_values, body)
     has_class = features.shape[1] == patches + 1
-    if not reduces:
+    if reducer is None:
         drop = has_class and not class_token
         reduction = VisionReduction.identity(features[:, 1:] if drop else features, has_class and not drop, grid)
     else:
@@ -71,7 +80,7 @@ def encode_vision(
         signals = block_signals(blocks[depths[-1] - 1], block_input, has_class)
         following = blocks[depths[-1]] if len(depths) == 1 and depths[-1] < len(blocks) else None
         output = TowerOutput(features, signals, has_class, grid, pixel_values, following, project)
-        reduction = VISION_REDUCERS.get(config.stage1)(output, config)
+        reduction = reducer(output, config)
         reduction = replace(reduction, grid=grid)
     tracing.record_vision(reduction)
     return reduction

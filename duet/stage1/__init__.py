@@ -1,7 +1,8 @@
 """Vision reducers: tower features in, fewer tokens out. One file in this package is one method.
 
 A reducer is a callable ``reduce(tower, config) -> VisionReduction`` registered by name with
-``@VISION_REDUCERS.register("name")``. It hands on ``config.entering`` tokens per image and looks at no other image.
+``@VISION_REDUCERS.register("name")``. It hands on ``config.entering`` tokens per image and looks at no other image. One
+with a method ``resize(pixel_values, config, patch_size)`` changes the pictures before the tower sees them.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def pooled_grid(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
     if not found:
         near = sorted((n for n in range(1, math.prod(grid) + 1) if shapes(n)), key=lambda n: abs(n - tokens))[:4]
         raise ValueError(
-            f"average_pool cannot make {tokens} tokens of a {grid[0]} x {grid[1]} grid; near numbers that it can make: "
+            f"no grid within {grid[0]} x {grid[1]} patches has {tokens} cells; near numbers that can be made: "
             f"{', '.join(map(str, sorted(near)))}"
         )
     skew = [max(r * grid[1], c * grid[0]) / min(r * grid[1], c * grid[0]) for r, c in found]

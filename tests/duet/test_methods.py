@@ -179,8 +179,18 @@ def test_pooled_grids_of_the_usual_budgets(tokens, shape):
 
 
 def test_a_number_that_no_grid_has(model):
-    with pytest.raises(ValueError, match=r"cannot make 13 tokens of a 6 x 6 grid.*12, 15"):
+    with pytest.raises(ValueError, match=r"no grid within 6 x 6 patches has 13 cells; .*12, 15"):
         reduced(model, "average_pool", small.pixels(1), tokens=13)
+
+
+def test_downsampling_runs_the_tower_on_a_smaller_picture(model, parts):
+    out = reduced(model, "downsample", parts["pixels"])
+    small_pictures = torch.nn.functional.interpolate(parts["pixels"], size=[12, 16], mode="bicubic", antialias=True)
+    with torch.no_grad():
+        states = model.model.vision_tower(
+            small_pictures, output_hidden_states=True, interpolate_pos_encoding=True
+        ).hidden_states
+    assert out.grid == (3, 4) and torch.allclose(out.tokens, states[-2][:, 1:], atol=1e-5)
 
 
 def test_tome_merges_the_most_similar_pairs(model, parts):
