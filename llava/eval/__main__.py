@@ -178,9 +178,8 @@ def evaluate(args: argparse.Namespace, processes: Processes) -> bool:
     found = find_questions(choose_tasks(args.benchmarks), args.root, args.limit, skip)
     tokenizer, model, image_processor = load(args, processes)
     model_name = get_model_name_from_path(args.model_path)
-    tower = getattr(model.config, "mm_vision_tower", None)
     fingerprint = processes.from_first(
-        model_fingerprint(args.model_path, args.model_base, tower) if processes.first else None
+        model_fingerprint(args.model_path, args.model_base, model.config) if processes.first else None
     )
     dtype = str(model.dtype).removeprefix("torch.") + ", 8 bit" * args.load_8bit + ", 4 bit" * args.load_4bit
     options = RunOptions(

@@ -14,6 +14,7 @@ from typing import Any
 from transformers.utils.hub import cached_file
 
 from llava.eval.tasks.base import Question
+from llava.model.paths import resolve_path
 
 PROTOCOL = 1
 """Raise it when the same model and questions would give other prompts, pictures or scores."""
@@ -71,7 +72,7 @@ def questions_digest(questions: Sequence[Question], root: Path) -> str:
     return _digest("\n".join(json.dumps(line) for line in lines))
 
 
-def model_fingerprint(model_path: str, model_base: str | None = None, tower: str | None = None) -> str:
+def model_fingerprint(model_path: str, model_base: str | None = None, config: Any = None) -> str:
     """Digest of all files that a model is made from: its own, its base's and its vision tower's.
 
     A folder is read in whole (about a second per gigabyte); a model from the hub is known by its commit.
@@ -79,14 +80,13 @@ def model_fingerprint(model_path: str, model_base: str | None = None, tower: str
     Args:
         model_path: checkpoint folder or hub name.
         model_base: language model below a LoRA or projector folder.
-        tower: the vision tower's folder (which may be relative to the checkpoint's) or hub name.
+        config: the loaded model's config, which names its vision tower.
     """
-    parts = [_fingerprint(model_path)]
+    parts = [f"model {_fingerprint(model_path)}"]
     base = model_base or _base_of_adapter(model_path)
-    parts += [_fingerprint(base)] if base else []
-    if tower:
-        inside = os.path.join(model_path, tower)
-        parts.append(_fingerprint(inside if os.path.isdir(inside) else tower))
+    parts += [f"base {_fingerprint(base)}"] if base else []
+    tower = getattr(config, "mm_vision_tower", None)
+    parts += [f"tower {_fingerprint(resolve_path(tower, config) or tower)}"] if tower else []
     return _digest("\n".join(parts))
 
 

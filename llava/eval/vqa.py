@@ -210,11 +210,10 @@ def run(
     asked = [
         Question(str(i), r.question_id, r.text, paths) for i, (r, paths) in enumerate(zip(rows, files, strict=True))
     ]
-    tower = getattr(model.config, "mm_vision_tower", None)
     settings = Settings(
         benchmark=args.question_file,
         questions=questions_digest(asked, folder),
-        model=model_fingerprint(args.model_path, args.model_base, tower),
+        model=model_fingerprint(args.model_path, args.model_base, model.config),
         reduction=getattr(model.config, "duet", None),
         template=args.conv_mode,
         decoding=generation_options(args.temperature, args.top_p, args.num_beams, max_new_tokens),
