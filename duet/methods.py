@@ -66,6 +66,7 @@ METHODS: dict[str, Method] = {
     "prumerge": _vision("prumerge", "PruMerge (arXiv 2403.15388), fixed count"),
     "vispruner": _vision("vispruner", "VisPruner"),
     "divprune": _vision("divprune", "DivPrune (arXiv 2503.02175)"),
+    "tome": _vision("tome", "ToMe (arXiv 2210.09461), in the tower"),
     "tome_post": _vision("tome_post", "ToMe (arXiv 2210.09461), after the tower"),
     "average_pool": _vision("average_pool", "baseline"),
     "downsample": _vision("downsample", "VTC-Bench (arXiv 2510.07143)"),

@@ -50,40 +50,50 @@ def encode_vision(
     if reduces and config.keeps_every_patch(patches):  # type: ignore[union-attr]
         reduces = class_token = False
 
-    reducer = VISION_REDUCERS.get(config.stage1) if reduces else None  # type: ignore[union-attr]
-    resize = getattr(reducer, "resize", None)
-    if resize is None:
-        embedded = body.embeddings(pixel_values)
-    else:
-        _check_budget(config, patches, False, max(depths))  # type: ignore[arg-type]
-        pixel_values = resize(pixel_values, config, body.config.patch_size)
-        patches = math.prod(_grid(pixel_values, body))
+    reducer: Any = VISION_REDUCERS.get(config.stage1) if reduces else None  # type: ignore[union-attr]
+    if hasattr(reducer, "resize"):
+        _check_budget(config, patches, False, depths[-1])  # type: ignore[arg-type]
+        pixel_values = reducer.resize(pixel_values, config, body.config.patch_size)
         embedded = body.embeddings(pixel_values, interpolate_pos_encoding=True)
+    else:
+        embedded = body.embeddings(pixel_values)
+    grid = _grid(pixel_values, body)
+    has_class = embedded.shape[1] == math.prod(grid) + 1
     hidden = body.pre_layrnorm(embedded)
-    states, block_input = {0: hidden}, hidden  # only what is asked for: every other state may be freed
+    if reducer is not None:
+        _check_budget(config, math.prod(grid), has_class, depths[-1])  # type: ignore[arg-type]
+    if reducer is not None and hasattr(reducer, "encode"):
+        reduction = reducer.encode(list(blocks[: depths[-1]]), hidden, has_class, grid, config)
+    else:
+        states, block_input = _run_blocks(blocks, hidden, depths)
+        features = states[depths[0]] if len(depths) == 1 else torch.cat([states[d] for d in depths], dim=-1)
+        if reducer is None:
+            drop = has_class and not class_token
+            reduction = VisionReduction.identity(features[:, 1:] if drop else features, has_class and not drop, grid)
+        else:
+            signals = block_signals(blocks[depths[-1] - 1], block_input, has_class)
+            following = blocks[depths[-1]] if len(depths) == 1 and depths[-1] < len(blocks) else None
+            reduction = reducer(
+                TowerOutput(features, signals, has_class, grid, pixel_values, following, project), config
+            )
+    reduction = replace(reduction, grid=grid)
+    tracing.record_vision(reduction)
+    return reduction
+
+
+def _run_blocks(blocks: Any, hidden: Tensor, depths: list[int]) -> tuple[dict[int, Tensor], Tensor]:
+    """Return the states after the wanted depths, and the input of the last wanted block.
+
+    Only what is asked for is kept: every other state may be freed while the tower runs.
+    """
+    states, block_input = {0: hidden}, hidden
     for index in range(max(depths)):
         if index == depths[-1] - 1:
             block_input = hidden
         hidden = _tensor(blocks[index](hidden, None))
         if index + 1 in depths:
             states[index + 1] = hidden
-    features = states[depths[0]] if len(depths) == 1 else torch.cat([states[d] for d in depths], dim=-1)
-
-    grid = _grid(pixel_values, body)
-    has_class = features.shape[1] == patches + 1
-    if reducer is None:
-        drop = has_class and not class_token
-        reduction = VisionReduction.identity(features[:, 1:] if drop else features, has_class and not drop, grid)
-    else:
-        assert config is not None
-        _check_budget(config, patches, has_class, depths[-1])
-        signals = block_signals(blocks[depths[-1] - 1], block_input, has_class)
-        following = blocks[depths[-1]] if len(depths) == 1 and depths[-1] < len(blocks) else None
-        output = TowerOutput(features, signals, has_class, grid, pixel_values, following, project)
-        reduction = reducer(output, config)
-        reduction = replace(reduction, grid=grid)
-    tracing.record_vision(reduction)
-    return reduction
+    return states, block_input
 
 
 def _depth(index: int, blocks: int) -> int:

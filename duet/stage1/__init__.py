@@ -2,7 +2,8 @@
 
 A reducer is a callable ``reduce(tower, config) -> VisionReduction`` registered by name with
 ``@VISION_REDUCERS.register("name")``. It hands on ``config.entering`` tokens per image and looks at no other image. One
-with a method ``resize(pixel_values, config, patch_size)`` changes the pictures before the tower sees them.
+with a method ``resize(pixel_values, config, patch_size)`` changes the pictures before the tower sees them; one with a
+method ``encode(blocks, hidden, class_token, grid, config)`` runs the tower's blocks itself.
 """
 
 from __future__ import annotations
