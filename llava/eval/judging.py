@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -118,9 +117,11 @@ def _verdict(block: str) -> Verdict | None:
         if not isinstance(value, dict):
             return None
         pred, score = str(value.get("pred")).strip().lower(), value.get("score")
+        if isinstance(score, bool) or not isinstance(score, int | float | str):
+            return None
         try:
-            number = math.nan if isinstance(score, bool) else float(score)
-        except (TypeError, ValueError):
+            number = float(score)
+        except (ValueError, OverflowError):
             return None
         return Verdict(pred == "yes", int(number)) if pred in ("yes", "no") and 0 <= number <= 5 else None
     return None
@@ -165,7 +166,8 @@ class Cache:
         self.rows: dict[str, dict[str, Any]] = {}
         for number, data in enumerate(self._file.rows):
             row = Row(data, f"{path}, judgement {number}")
-            row.get("right", bool), row.get("score", int)
+            for name, kind in (("right", bool), ("score", int)):
+                row.get(name, kind)
             self.rows[row.get("key", str)] = data
 
     def add(self, row: dict[str, Any]) -> None:
@@ -222,7 +224,7 @@ class Judge:
             wanted.setdefault(self.key(case), case)
         return {key: case for key, case in wanted.items() if key not in self.cache.rows}
 
-    def run(self, cases: Sequence[Case], workers: int = 8, progress: Callable[[], None] = lambda: None) -> Outcome:
+    def run(self, cases: Sequence[Case], workers: int = 8, progress: Callable[[], object] = lambda: None) -> Outcome:
         """Judge all cases, several at a time; what is cached costs nothing.
 
         An answer whose judgement fails is noted and passed over; after `MAX_FAILURES_IN_A_ROW` of them, and when the

@@ -92,19 +92,21 @@ def _rank(path: Path) -> int:
 def _declared_frames(path: Path) -> int:
     """How many frames the container says it has; 0 where it does not say."""
     import av
+    from av.error import FFmpegError
 
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise BadEvalData(f"{path} holds no video stream; expected a video")
             return max(container.streams.video[0].frames, 0)
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         raise BadEvalData(f"video {path} cannot be opened: {error}; fetch it again") from error
 
 
 def _scan_video(path: Path, wanted: list[int]) -> tuple[int, dict[int, Image.Image]]:
     """Decode a video; returns how many frames it has, and those that were asked for."""
     import av
+    from av.error import FFmpegError
 
     total, kept, keep = 0, {}, set(wanted)
     try:
@@ -113,7 +115,7 @@ def _scan_video(path: Path, wanted: list[int]) -> tuple[int, dict[int, Image.Ima
                 if total in keep:
                     kept[total] = frame.to_image()
                 total += 1
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         raise BadEvalData(f"video {path} cannot be decoded after {total} frames: {error}; fetch it again") from error
     return total, kept
 

@@ -87,6 +87,7 @@ def test_texts_are_put_in_once():
         ('{"pred": "yes", "score": -1}', None),
         ('{"pred": "yes", "score": NaN}', None),
         ('{"pred": "yes", "score": true}', None),
+        ('{"pred": "yes", "score": 1%s}' % ("0" * 400), None),
         ('{"pred": "yes", "score": null}', None),
         ('{"pred": "yes", "score": [5]}', None),
         ('{"pred": true, "score": 5}', None),
