@@ -101,8 +101,8 @@ class DecoderShape:
     def layer_flops(self, tokens: int) -> int:
         """Return the FLOPs of one layer over ``tokens`` positions: projections, causal-free attention, SwiGLU.
 
-        Multiply and add count as two. Attention is billed as the full square, the convention of the field
-        (METHODS section 1.1 of the project notes counts multiply-adds: 4nd^2 + 2n^2d + 3ndm).
+        Multiply and add count as two. Attention is billed as the full square, the convention of the field (FastV and
+        its followers count multiply-adds: 4nd^2 + 2n^2d, and 3ndm for a gated MLP).
         """
         query, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         projections = tokens * self.width * (2 * query + 2 * kv)

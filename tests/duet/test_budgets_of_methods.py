@@ -1,4 +1,4 @@
-"""Every named method meets a budget or says by how much it misses; METHODS' integer settings come out."""
+"""Every named method meets a budget or says by how much it misses; published integer settings come out."""
 
 import pytest
 

@@ -176,7 +176,7 @@ def test_another_projects_plain_tuple_works():
 
 
 def test_unpad_and_tile_merge_give_the_known_token_counts():
-    """LLAVA_STACK 10.4: tokens of anyres + spatial_unpad for a picture size."""
+    """Tokens of anyres + spatial_unpad for a picture size."""
     side, newline = 24, torch.zeros(8)
     for size, grid, count in [
         ((336, 336), (1, 1), 1176),
