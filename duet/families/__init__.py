@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from duet._registry import Registry
+from duet.registry import Registry
 
 
 @dataclass(frozen=True)

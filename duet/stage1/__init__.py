@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from duet._registry import Registry
+from duet.registry import Registry
 from duet.signals import TowerSignals
 from duet.tokens import gather_tokens
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from duet._registry import Registry
+from duet.registry import Registry
 from duet.signals import DecoderSignals
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ Every other module of this package is a benchmark (or shared by some) and regist
     class Pope(Task): ...
 """
 
-from duet._registry import Registry
+from duet.registry import Registry
 from llava.eval.tasks.base import Answer, BadEvalData, Needed, Question, Score, Task, join_answers
 
 TASKS: Registry[type[Task]] = Registry("benchmark", __name__)
