@@ -20,7 +20,7 @@ from typing import Any
 
 from llava.eval.answers import write_json
 from llava.eval.files import read_json
-from llava.eval.paper import PAPER_ROWS
+from llava.eval.paper import PAPER_METRICS, PAPER_ROWS
 from llava.eval.runner import RESULT_SUFFIX
 from llava.eval.tasks import TASKS
 from llava.eval.tasks.base import BadEvalData
@@ -40,6 +40,7 @@ class Row:
     Attributes:
         name: what was run.
         scores: score by benchmark, in its own unit.
+        metrics: what the score is, by benchmark, where that is known.
         percent: percent of the baseline's score, where both have one.
         average: mean of `percent`, or None.
         compared: how many benchmarks that is.
@@ -51,6 +52,7 @@ class Row:
 
     name: str
     scores: dict[str, float]
+    metrics: dict[str, str] = field(default_factory=dict)
     percent: dict[str, float] = field(default_factory=dict)
     average: float | None = None
     compared: int = 0
@@ -95,6 +97,7 @@ def incomplete(record: Mapping[str, Any]) -> bool:
 def make_row(name: str, records: Sequence[Mapping[str, Any]]) -> Row:
     """Put one row's results together; incomplete ones have no score."""
     row = Row(name, {r["benchmark"]: r["metrics"][r["headline"]] for r in records if not incomplete(r)})
+    row.metrics = {r["benchmark"]: r["headline"] for r in records}
     tokens = [(r["visual_tokens"]["average_tokens"], r["visual_tokens"]["samples"]) for r in records]
     tokens = [(average, samples) for average, samples in tokens if average is not None]
     if tokens:
@@ -119,6 +122,15 @@ def _marks(record: Mapping[str, Any]) -> list[str]:
     if record["visual_tokens"].get("cut"):
         marks.append(f"{record['visual_tokens']['cut']} prompts filled the model's context and may have been cut")
     return marks
+
+
+def comparable(baseline: Row, row: Row) -> dict[str, float]:
+    """The baseline's scores that are the same metric as the row's: a rule's score is no percentage of a judge's."""
+    return {
+        name: score
+        for name, score in baseline.scores.items()
+        if len({row.metrics[name] for row in (baseline, row) if name in row.metrics}) < 2
+    }
 
 
 def compare(row: Row, baseline: Mapping[str, float]) -> None:
@@ -146,13 +158,13 @@ def make_rows(records: Sequence[Mapping[str, Any]], baseline: str | None, paper:
     for name in wanted:
         scores = {benchmark: score for benchmark, score in PAPER_ROWS[name].items() if benchmark in run}
         if scores or name == baseline:
-            rows[name] = Row(name, scores)
+            rows[name] = Row(name, scores, PAPER_METRICS)
     if baseline is not None:
         if baseline not in rows:
             known = [*names, *(name for name in PAPER_ROWS if "duet" not in name)]
             raise BadEvalData(f"no baseline {baseline!r}; known: {', '.join(known)}")
         for row in rows.values():
-            compare(row, rows[baseline].scores)
+            compare(row, comparable(rows[baseline], row))
     ordered = sorted(rows.values(), key=lambda row: (row.name != baseline, row.name))
     return ordered
 

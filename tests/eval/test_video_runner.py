@@ -110,3 +110,20 @@ def test_judged_answers_come_into_the_table(world, tmp_path, monkeypatch, capsys
     assert report.main([str(out), "--baseline", "full", "--benchmarks", "tgif_qa"]) == 0
     said = capsys.readouterr().out
     assert "100.0 (100.0%)" in said and f"judged by {MODEL}" in said and "not comparable" not in said
+
+
+def test_a_rules_score_is_no_percentage_of_a_judges(world, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(world.out, tmp_path / "out")
+    assert report.main([str(out), "--baseline", "paper-video-7b"]) == 0
+    said = capsys.readouterr().out
+    assert "| duet |" in said and said.count("%)") == 3, "only the paper's own row has percentages"
+    with serve_judge(monkeypatch) as stub:
+        stub.always = "{'pred': 'yes', 'score': 4}"
+        path = record_path(out, "duet", "tgif_qa")
+        assert judge.main(["--result", str(path), "--root", str(world.root), "--judge-model", MODEL]) == 0
+    capsys.readouterr()
+    assert report.main([str(out), "--baseline", "full", "--benchmarks", "tgif_qa"]) == 0
+    duet = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| duet |"))
+    assert "| 100.0 |" in duet and "%" not in duet
+    assert report.main([str(out), "--baseline", "paper-video-7b", "--benchmarks", "tgif_qa"]) == 0
+    assert "100.0 (212.3%)" in capsys.readouterr().out  # of 47.1
