@@ -32,5 +32,5 @@ PAPER_ROWS: dict[str, dict[str, float]] = {
     "paper-video-7b-duet-136": {"tgif_qa": 46.3, "msvd_qa": 67.7, "msrvtt_qa": 55.2},
 }  # fmt: skip
 
-PAPER_METRICS = dict.fromkeys(("tgif_qa", "msvd_qa", "msrvtt_qa"), "judge_accuracy")
+PAPER_METRICS: dict[str, str] = dict.fromkeys(("tgif_qa", "msvd_qa", "msrvtt_qa"), "judge_accuracy")
 """What the paper's scores are, where a benchmark can be scored in more than one way."""
