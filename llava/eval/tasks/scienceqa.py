@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from PIL import Image
 
@@ -141,7 +141,6 @@ class ScienceQa(Task):
     title = "SQA"
     folder = "scienceqa"
     max_new_tokens = 1024
-    headline: ClassVar[str] = "accuracy"
 
     def question_file(self, root: Path) -> Path:
         """LLaVA's questions, which are optional."""
@@ -196,20 +195,8 @@ class ScienceQa(Task):
     def score(self, root: Path, answers: Sequence[Answer]) -> Score:
         problems = read_problems(self.home(root))
         found, missing = match_answers(problems, answers)
-        return self._score(problems, found, missing)
-
-    def _score(self, problems: Mapping[str, Any], found: Mapping[str, Answer], missing: list[str]) -> Score:
-        texts = {key: answer.text for key, answer in found.items()}
-        scores = scienceqa_scores(texts, problems)
-        return Score(
-            headline=self.headline,
-            metrics=scores,
-            expected=len(problems),
-            scored=len(found),
-            missing=missing,
-            unparsed=sum(parse_choice(text) == FAILED for text in texts.values()),
-            notes=["accuracy is over the whole test split, img_accuracy over its questions with a picture"],
-        )
+        note = "accuracy is over the whole test split, img_accuracy over its questions with a picture"
+        return _score("accuracy", problems, found, missing, note)
 
     def stored_prompt(self, question: Question) -> str:
         """With the image mark in front where there is a picture, by which LLaVA's scorer picks those questions."""
@@ -237,13 +224,27 @@ def match_answers(problems: Mapping[str, Any], answers: Sequence[Answer]) -> tup
     return join_answers([Question(key, key, "") for key in problems], answers, "scienceqa")
 
 
+def _score(
+    headline: str, problems: Mapping[str, Any], found: Mapping[str, Answer], missing: list[str], note: str
+) -> Score:
+    texts = {key: answer.text for key, answer in found.items()}
+    return Score(
+        headline=headline,
+        metrics=scienceqa_scores(texts, problems),
+        expected=len(problems),
+        scored=len(found),
+        missing=missing,
+        unparsed=sum(parse_choice(text) == FAILED for text in texts.values()),
+        notes=[note],
+    )
+
+
 @TASKS.register("scienceqa_img")
 class ScienceQaImg(ScienceQa):
     """The questions with a picture only; answers to the others are left aside."""
 
     name = "scienceqa_img"
     title = "SQA-IMG"
-    headline = "img_accuracy"
 
     def questions(self, root: Path) -> list[Question]:
         pictured = _pictured(read_problems(self.home(root)))
@@ -254,9 +255,9 @@ class ScienceQaImg(ScienceQa):
         pictured = _pictured(problems)
         found, missing = match_answers(problems, answers)
         kept = {key: answer for key, answer in found.items() if key in pictured}
-        score = self._score(pictured, kept, [key for key in missing if key in pictured])
+        lacking = [key for key in missing if key in pictured]
+        score = _score("img_accuracy", pictured, kept, lacking, "over the test split's questions with a picture")
         score.metrics.pop("accuracy")
-        score.notes = ["over the test split's questions with a picture"]
         return score
 
 
