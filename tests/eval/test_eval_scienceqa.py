@@ -229,15 +229,27 @@ def test_questions_of_llava_decide_order(task, root):
     assert [question.key for question in task.questions(root)] == ["21", "11", "5", "4"]
 
 
-@pytest.mark.parametrize(
-    ("mode", "opened"), [("RGB", "RGB"), ("RGBA", "RGBA"), ("P", "P"), ("L", "RGB"), ("LA", "RGB"), ("1", "RGB")]
-)
-def test_pictures_are_opened_as_they_are_in_the_file(task, tmp_path, mode, opened):
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1"])
+def test_pictures_come_out_as_rgb(task, tmp_path, mode):
     path = tmp_path / "image.png"
     Image.new(mode, (3, 2)).save(path)
     picture = task.open_visual(path)
-    assert (picture.mode, picture.size) == (opened, (3, 2))
-    assert picture.convert("RGB").getpixel((0, 0)) == (0, 0, 0)
+    assert (picture.mode, picture.size, picture.getpixel((0, 0))) == ("RGB", (3, 2), (0, 0, 0))
+
+
+def test_transparency_is_dropped_not_blended(task, tmp_path):
+    path = tmp_path / "image.png"
+    Image.new("RGBA", (3, 2), (10, 20, 30, 0)).save(path)
+    assert task.open_visual(path).getpixel((0, 0)) == (10, 20, 30)
+
+
+def test_palette_pictures_stay_palette_pictures(task, tmp_path):
+    path = tmp_path / "image.png"
+    source = Image.new("RGB", (3, 2), (10, 20, 30)).quantize(2)
+    source.save(path, transparency=0)
+    picture = task.open_visual(path)
+    assert (picture.mode, picture.size, picture.info.get("transparency")) == ("P", (3, 2), None)
+    assert picture.convert("RGB").getpixel((0, 0)) == (10, 20, 30)
 
 
 def test_a_picture_that_cannot_be_opened_is_named(task, tmp_path):

@@ -25,9 +25,6 @@ SOURCE = "data/scienceqa of https://github.com/lupantech/ScienceQA"
 
 _SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
-# Modes that the pad colour can be put into; LLaVA's script would stop at a picture of another mode.
-_KEPT_MODES = ("RGB", "RGBA", "P")
-
 
 def parse_choice(text: str, options: Sequence[str] = OPTIONS) -> str:
     """Read the letter that an answer chooses, or "FAILED".
@@ -203,14 +200,22 @@ class ScienceQa(Task):
         return f"{DEFAULT_IMAGE_TOKEN}\n{question.text}" if question.visuals else question.text
 
     def open_visual(self, path: Path) -> Image.Image:
-        """Open a picture as it is in the file, as LLaVA's script for ScienceQA does: RGB, RGBA or palette.
+        """Open a picture so that padding and conversion give what LLaVA's script for ScienceQA gets.
+
+        It hands over the file as opened. A palette picture is therefore padded as one, which replaces its palette, and
+        stays one here. All other modes come out as RGB without their transparency, which newer versions of
+        transformers would blend with white instead.
 
         Raises:
             BadEvalData: it cannot be opened; names it.
         """
         try:
             with Image.open(path) as image:
-                return image.copy() if image.mode in _KEPT_MODES else image.convert("RGB")
+                if image.mode != "P":
+                    return image.convert("RGB")
+                picture = image.copy()
+                picture.info.pop("transparency", None)
+                return picture
         except (OSError, SyntaxError) as error:
             raise BadEvalData(f"{self.name}: picture {path} cannot be opened: {error}") from error
 
