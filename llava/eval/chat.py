@@ -34,6 +34,10 @@ class RequestFailed(RuntimeError):
     """This one request got no usable reply in all its attempts."""
 
 
+class Refused(RequestFailed):
+    """The server will not answer this text; the endpoint itself is well."""
+
+
 class _Again(Exception):
     """An attempt that may succeed later; `wait` is what the server asks for, in seconds."""
 
@@ -162,7 +166,8 @@ class Chat:
         Raises:
             EndpointError: the endpoint refuses for good (key, address, quota), or `max_calls` is reached; from then on
                 nothing is sent any more.
-            RequestFailed: no usable reply in all attempts, or the server will not answer this text.
+            RequestFailed: no usable reply in all attempts.
+            Refused: the server will not answer this text.
         """
         body = json.dumps({"model": self.model, "messages": messages, **self.options}).encode()
         try:
@@ -185,11 +190,11 @@ class Chat:
         raise RequestFailed(f"no usable reply in {self._attempts} attempts, the last: {reason}")
 
     def _wait_for(self, attempt: int, asked: float | None) -> float:
-        if asked is None:
-            return min(self._longest_pause, self._pause * 2**attempt) * random.uniform(0.5, 1.0)
-        if asked > self._longest_pause:
+        """Seconds to wait: what the server asks for, but no less than our own pause."""
+        if asked is not None and asked > self._longest_pause:
             raise EndpointError(f"{self.endpoint.shown} asks to wait {asked:.0f} s; run the same command again then")
-        return asked
+        own = min(self._longest_pause, self._pause * 2**attempt) * random.uniform(0.5, 1.0)
+        return max(own, asked or 0.0)
 
     def _count_call(self) -> None:
         if self._stop.is_set():
@@ -212,7 +217,7 @@ class Chat:
         if (status in _RETRIED or status >= 500) and code not in _QUOTA:
             raise _Again(where, _retry_after(headers.get("Retry-After")))
         if code in _FILTERED:
-            raise RequestFailed(where)
+            raise Refused(where)
         hint = (
             f"; check {KEY_VARIABLE}"
             if status in (401, 403)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.answers import AnswersFile
-from llava.eval.chat import Chat, EndpointError, Reply, RequestFailed
+from llava.eval.chat import Chat, EndpointError, Refused, Reply, RequestFailed
 from llava.eval.files import Row, short
 from llava.eval.tasks.base import Answer, BadEvalData, join_answers
 from llava.eval.tasks.video_qa import Judged, Verdict, VideoQA
@@ -238,7 +238,8 @@ class Judge:
             try:
                 for job in as_completed(jobs):
                     error = job.exception()
-                    in_a_row = in_a_row + 1 if isinstance(error, RequestFailed) else 0
+                    failed = isinstance(error, RequestFailed) and not isinstance(error, Refused)
+                    in_a_row = in_a_row + 1 if failed else 0
                     if error is None:
                         self._keep(jobs[job], *job.result())
                     elif isinstance(error, _Unreadable):

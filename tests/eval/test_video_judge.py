@@ -162,6 +162,13 @@ def test_waits_grow_and_stay_bounded(stub, make):
     assert gaps[0] >= 0.025 and all(0.05 <= gap < 1 for gap in gaps[1:])
 
 
+def test_a_server_that_asks_for_no_wait_is_not_hurried(stub, make):
+    stub.plan = [Status(429, "", Retry_After=0)]
+    assert make(pause=0.2).run(CASES[:1]).verdicts.keys() == {"0"}
+    first, second = (request[0] for request in stub.requests)
+    assert second - first >= 0.1
+
+
 def test_a_wait_that_is_too_long_ends_the_run(stub, make):
     stub.always = Status(429, error("come back tomorrow"), Retry_After=86400)
     outcome = make().run(CASES, workers=1)
@@ -197,6 +204,12 @@ def test_a_text_that_the_endpoint_refuses_is_named_and_passed_over(stub, make):
     outcome = make().run(CASES)
     assert list(outcome.failed) == ["4"] and "content_filter" in outcome.failed["4"]
     assert outcome.verdicts.keys() == {case.id for case in CASES} - {"4"} and not outcome.stopped
+
+
+def test_many_refused_texts_do_not_end_the_run(stub, make):
+    stub.always = Status(400, error("The response was filtered", "content_filter"))
+    outcome = make().run([*CASES, Case("9", "what is number 9?", "cat", "a cat")])
+    assert len(outcome.failed) == 10 and not outcome.stopped
 
 
 def test_an_endpoint_that_is_down_ends_the_run(stub, make):
