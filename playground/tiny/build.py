@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
+from playground.tiny.eval_questions import exam_turns, lettered_turn, text_quiz
 from playground.tiny.questions import CHANCE, CHANCE_NOTE, KINDS, ask, caption, text_turn
 from playground.tiny.scenes import SPLITS, make_scene
 
@@ -26,6 +27,7 @@ IMAGE_MARK = "<image>"
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER_ANSWER = "Answer with the option's letter from the given choices directly."
 QUALITY = 92
+EXAM_SHARE = 0.4  # of the records: asked in the benchmarks' forms, with their instructions
 
 
 def _image(folder: str, stage: str, index: int, pixels: np.ndarray) -> str:
@@ -54,15 +56,9 @@ def training_kinds(rng: np.random.Generator) -> list[str]:
 
 
 def with_instructions(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Add the answer format's instruction as LLaVA's data has it: once for short answers, at every choice."""
-    out = []
-    for number, (question, answer) in enumerate(turns):
-        if "\nA. " in question:
-            question = f"{question}\n{LETTER_ANSWER}"
-        elif number == 0:
-            question = f"{question}\n{SHORT_ANSWER}"
-        out.append((question, answer))
-    return out
+    """Add the answer format's instruction to every question; a benchmark asks each alone."""
+    options = "\nA. "
+    return [(f"{q}\n{LETTER_ANSWER if options in q else SHORT_ANSWER}", a) for q, a in turns]
 
 
 def records_of_scene(folder: str, stage: str, seed: int, turns: int, index: int) -> list[dict]:
@@ -78,8 +74,8 @@ def records_of_scene(folder: str, stage: str, seed: int, turns: int, index: int)
     if stage == "finetune":
         asked = [turn for kind in training_kinds(rng) if (turn := ask(kind, scene.digits, rng))]
         asked = list(dict.fromkeys(asked))[:turns]
-        if rng.random() < 0.5:
-            asked = with_instructions(asked)
+        if rng.random() < EXAM_SHARE:
+            asked = with_instructions(exam_turns(scene.digits, rng, turns))
         return [{"id": name, "image": image, "conversations": _conversation(asked, True)}]
     records = []
     for kind in KINDS:
@@ -94,7 +90,10 @@ def records_of_scene(folder: str, stage: str, seed: int, turns: int, index: int)
 def text_record(seed: int, index: int, turns: int) -> dict:
     """A record without an image."""
     rng = np.random.default_rng([seed, 5, index])
-    said = _conversation([text_turn(rng) for _ in range(turns)], False)
+    asked = [text_turn(rng) for _ in range(turns)]
+    if rng.random() < 0.5:
+        asked = with_instructions([lettered_turn(text_quiz(rng), rng) for _ in range(turns)])
+    said = _conversation(asked, False)
     return {"id": f"text-{index:06d}", "conversations": said}
 
 
@@ -134,7 +133,7 @@ def main() -> None:
     parser.add_argument("--out", default="playground/tiny/data")
     parser.add_argument("--split", choices=(*SPLITS, "all"), default="all")
     parser.add_argument("--pretrain", type=int, default=2400, help="images with a caption (stage 1)")
-    parser.add_argument("--finetune", type=int, default=3600, help="images with questions (stage 2)")
+    parser.add_argument("--finetune", type=int, default=3400, help="images with questions (stage 2)")
     parser.add_argument("--heldout", type=int, default=160, help="held-out images, about 6.5 questions each")
     parser.add_argument("--turns", type=int, default=9, help="questions on one training image")
     parser.add_argument("--seed", type=int, default=SEED)

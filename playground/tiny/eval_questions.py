@@ -11,11 +11,12 @@ from itertools import permutations
 
 import numpy as np
 
-from playground.tiny.questions import EXTREMES, LETTERS, ask, by_axis, text_turn
+from playground.tiny.questions import EXTREMES, LETTERS, Turn, ask, by_axis, text_turn
 from playground.tiny.scenes import MAX_DIGITS, MIN_DIGITS, PlacedDigit
 
 CLAIMS = ("existence", "count", "position")
 QUIZZES = ("identity", "corner", "extreme", "relation", "count", "order")
+OCR_LINE = "\nReference OCR token: "
 WRONG = 3  # wrong options of a lettered question
 
 
@@ -106,3 +107,29 @@ def text_quiz(rng: np.random.Generator) -> Quiz:
     if len(named) == 2:
         return Quiz(question, answer, tuple(v for v in named if v != answer))
     return Quiz(question, answer, _other_orders(answer, [], rng))
+
+
+def ocr_line(digits: tuple[PlacedDigit, ...]) -> str:
+    """All digits from top to bottom as TextVQA's OCR tokens; that order gives no answer away."""
+    return OCR_LINE + ", ".join(str(d.value) for d in by_axis(digits, "y"))
+
+
+def lettered_turn(asked: Quiz, rng: np.random.Generator) -> Turn:
+    """A question with options in random order, and the right letter."""
+    place = int(rng.integers(len(asked.wrong) + 1))
+    return asked.lettered(place), LETTERS[place]
+
+
+def exam_turns(digits: tuple[PlacedDigit, ...], rng: np.random.Generator, count: int) -> list[Turn]:
+    """Training turns in all forms that the exported benchmarks ask; what gives every digit away comes last."""
+    turns = [turn for kind in ("exists", "corner", "extreme", "relation") if (turn := ask(kind, digits, rng))]
+    for kind in CLAIMS:
+        no = int(rng.integers(2))
+        turns.append((claim_pair(kind, digits, rng)[no], ("Yes", "No")[no]))
+    kinds = rng.permutation([kind for kind in QUIZZES if kind != "order"])[:3]
+    turns += [lettered_turn(asked, rng) for kind in kinds if (asked := quiz(kind, digits, rng))]
+    question, answer = ask("order", digits, rng)
+    last = (question + (ocr_line(digits) if rng.random() < 0.5 else ""), answer)
+    if rng.random() < 0.4:
+        last = lettered_turn(quiz("order", digits, rng), rng)
+    return [*(turns[i] for i in rng.permutation(len(turns))[: count - 1]), last]

@@ -22,12 +22,11 @@ import numpy as np
 from PIL import Image
 
 from playground.tiny.build import IMAGE_MARK, LETTER_ANSWER, QUALITY, SEED, SHORT_ANSWER, STAGE_SEED
-from playground.tiny.eval_questions import CLAIMS, Quiz, claim_pair, is_there, quiz, text_quiz
+from playground.tiny.eval_questions import CLAIMS, Quiz, claim_pair, is_there, ocr_line, quiz, text_quiz
 from playground.tiny.questions import LETTERS, ask, by_axis
 from playground.tiny.scenes import IMAGE_SIZE, PlacedDigit, make_scene
 
 SHORT, LETTER = f"\n{SHORT_ANSWER}", f"\n{LETTER_ANSWER}"
-OCR_LINE = "\nReference OCR token: "
 IMAGES = 160
 ABOUT = "tiny_world.json"
 FOLDERS = ("pope", "gqa", "textvqa", "MME", "scienceqa", "seed_bench")
@@ -200,7 +199,6 @@ def write_textvqa(root: Path, scenes: list[Digits], seed: int) -> int:
     for index, digits in enumerate(scenes):
         side = int(np.random.default_rng([seed, 23, index]).integers(2))
         across = [str(d.value) for d in by_axis(digits, "x")]
-        seen = ", ".join(str(d.value) for d in by_axis(digits, "y"))
         turns = (
             ("Read the digits from left to right.", " ".join(across)),
             (f"Which digit is {('leftmost', 'rightmost')[side]}?", across[-side]),
@@ -219,7 +217,7 @@ def write_textvqa(root: Path, scenes: list[Digits], seed: int) -> int:
                     "set_name": "val",
                 }
             )
-            text = question + OCR_LINE + seen + SHORT
+            text = question + ocr_line(digits) + SHORT
             questions.append({"question_id": image, "image": f"{image}.jpg", "text": text, "category": "default"})
     about = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
     _json(root / "textvqa" / "TextVQA_0.5.1_val.json", about | {"data": data})
