@@ -117,7 +117,7 @@ def _marks(record: Mapping[str, Any]) -> list[str]:
     missing = f"{record['n_missing']} of {record['n_expected']} questions have no answer"
     if record["n_missing"]:
         marks.append(f"{missing}; no score" if incomplete(record) else f"{missing} and count as wrong")
-    if record["n_unparsed"]:
+    if record["n_unparsed"] and not any(note.startswith(f"{record['n_unparsed']} answers") for note in marks):
         marks.append(f"{record['n_unparsed']} answers could not be read and count as the official rule says")
     if record["visual_tokens"].get("cut"):
         marks.append(f"{record['visual_tokens']['cut']} prompts filled the model's context and may have been cut")
@@ -146,7 +146,7 @@ def make_rows(records: Sequence[Mapping[str, Any]], baseline: str | None, paper:
     Args:
         records: results.
         baseline: a row's name, or one of `PAPER_ROWS`; None compares with nothing.
-        paper: add the paper's DUET rows on the benchmarks that were run.
+        paper: add the paper's rows on the benchmarks that were run; their percentages are of the paper's baseline.
 
     Raises:
         BadEvalData: there is no such baseline.
@@ -164,9 +164,9 @@ def make_rows(records: Sequence[Mapping[str, Any]], baseline: str | None, paper:
             known = [*names, *(name for name in PAPER_ROWS if "duet" not in name)]
             raise BadEvalData(f"no baseline {baseline!r}; known: {', '.join(known)}")
         for row in rows.values():
-            compare(row, comparable(rows[baseline], row))
-    ordered = sorted(rows.values(), key=lambda row: (row.name != baseline, row.name))
-    return ordered
+            published = PAPER_ROWS[row.name.split("-duet")[0]] if row.name in wanted else None
+            compare(row, published or comparable(rows[baseline], row))
+    return sorted(rows.values(), key=lambda row: (row.name != baseline, row.name in wanted, row.name))
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -203,15 +203,24 @@ def markdown(rows: Sequence[Row], baseline: str | None) -> str:
         cells = [row.name, _number(row.tokens, ".2f"), *(_cell(row, name) for name in names), average]
         lines.append("| " + " | ".join([*cells, _number(row.seconds, ".4f"), untouched]) + " |")
     if baseline is not None:
-        lines += ["", f"In brackets: percent of {baseline}. Avg: their mean, over how many benchmarks."]
-    lines += [
-        "Visual tokens: measured, mean over decoder layers and over samples with a picture; n/a for published rows.",
-        "",
-    ]
-    lines += [
-        f"- {row.name}, {title(name)}: {mark}" for row in rows for name in names for mark in row.marks.get(name, [])
-    ]
-    return "\n".join(lines).rstrip() + "\n"
+        percent = f"In brackets: percent of {baseline} (of the paper's own baseline in the paper's rows)."
+        lines += ["", f"{percent} Avg: their mean, and over how many benchmarks."]
+    tokens = (
+        "Visual tokens: measured, mean over decoder layers and over samples with a picture; n/a for published rows."
+    )
+    return "\n".join([*lines, "", tokens, "", *_notes(rows, names)]).rstrip() + "\n"
+
+
+def _notes(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Every mark once, with the rows that it holds for unless it holds for all that have the benchmark."""
+    lines = []
+    for name in names:
+        having = [row for row in rows if name in row.marks]
+        for mark in dict.fromkeys(mark for row in having for mark in row.marks[name]):
+            holds = [row.name for row in having if mark in row.marks[name]]
+            whose = "" if len(holds) == len(having) else f" ({', '.join(holds)})"
+            lines.append(f"- {title(name)}{whose}: {mark}")
+    return lines
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

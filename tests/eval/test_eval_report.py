@@ -126,7 +126,17 @@ def test_the_papers_rows_can_be_shown_and_benchmarks_chosen(tmp_path, capsys):
     write(tmp_path, [result("mine", "pope", 80), result("mine", "gqa", 50)])
     assert report.main([str(tmp_path), "--baseline", "mine", "--paper", "--benchmarks", "pope"]) == 0
     out = capsys.readouterr().out
-    assert "paper-7b-duet-64" in out and "GQA" not in out and "paper-video" not in out
+    assert "GQA" not in out and "paper-video" not in out
+    assert "| paper-7b-duet-64 | n/a | 82.5 (96.0%) | 96.0% of 1 |" in out
+    assert "| mine | 576.00 | 80.0 (100.0%) |" in out
+
+
+def test_a_note_is_printed_once_with_the_rows_that_it_holds_for():
+    records = [result(name, "pope", 80, notes=["of all"]) for name in ("a", "b", "c")]
+    records[0]["notes"] = ["of all", "of a", "3 answers say neither"]
+    records[0]["n_unparsed"] = 3
+    text = report.markdown(report.make_rows(records, None), None)
+    assert text.splitlines()[-3:] == ["- POPE: of all", "- POPE (a): of a", "- POPE (a): 3 answers say neither"]
 
 
 def test_the_exit_status_tells_of_missing_answers(tmp_path, capsys):
