@@ -26,12 +26,12 @@ def accelerator_name() -> str:
 def cpu_bf16_pays() -> bool:
     """True when this CPU multiplies bf16 matrices faster than fp32 ones.
 
-    It is asked by timing small products for some milliseconds; a CPU that emulates bf16 is many times slower.
+    It is asked by timing small products for a moment; a CPU that emulates bf16 is many times slower.
     """
     return _product_seconds(torch.bfloat16) < 0.8 * _product_seconds(torch.float32)
 
 
-def _product_seconds(dtype: torch.dtype, size: int = 384, tries: int = 5) -> float:
+def _product_seconds(dtype: torch.dtype, size: int = 384, tries: int = 40) -> float:
     a = torch.ones(size, size, dtype=dtype)
     seconds = []
     for _ in range(tries):
