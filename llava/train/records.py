@@ -234,7 +234,7 @@ def _read_text(path: str) -> str:
 
 def _parse_lines(path: str) -> Iterable[Any]:
     records = []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
             try:
                 records.append(json.loads(line))

@@ -38,6 +38,15 @@ def test_json_lines(tmp_path):
     assert ids(records) == ["0", "1", "2"] and origins[2].index == 2
 
 
+def test_json_lines_end_at_newlines_only(tmp_path):
+    """Text may hold the separators U+2028 and U+0085, which JSON leaves as they are."""
+    path = tmp_path / "a.jsonl"
+    text = "one\u2028two\u0085three"
+    path.write_text(json.dumps(record(text, "a", id="0"), ensure_ascii=False) + "\r\n", encoding="utf-8")
+    records, _ = load_records(str(path))
+    assert records[0]["conversations"][0]["value"] == text
+
+
 @pytest.mark.parametrize("join", [list, " ".join, ",".join, ", ".join])
 def test_several_files(tmp_path, join):
     paths = [write_json(tmp_path / "a.json", some(2)), write_json(tmp_path / "b.json", some(2, start=10))]
