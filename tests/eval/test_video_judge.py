@@ -185,7 +185,7 @@ FATAL = {
     ),
     "bad request": (Status(400, error("Unsupported parameter: 'max_tokens'")), "--request-options"),
     "no money": (Status(429, error("You exceeded your current quota", "insufficient_quota")), "answered 429"),
-    "moved": (Status(307, "", Location="/elsewhere"), "answered 307"),
+    "moved": (Status(302, "", Location="/elsewhere"), "answered 302"),
 }
 
 
