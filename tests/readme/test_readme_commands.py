@@ -116,3 +116,22 @@ def test_asking_commands(line, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()
+
+
+def test_evaluation_commands(tmp_path):
+    """On the tiny world's export of the benchmarks, which have the real layouts."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def run(*command):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    run("-m", "playground.tiny.export_eval", "--out", "playground/data/eval", "--images", "4", "--workers", "1")
+    shutil.copytree(GOLDEN, tmp_path / "golden")
+    for line in lines("eval"):
+        words = shlex.split(line.replace("MODEL", "golden/llava_tiny"))[1:]
+        out = run(*words, *(["--device", "cpu", "--workers", "0"] if "--model-path" in words else []))
+    assert all(name in out for name in ("POPE", "GQA", "TextVQA", "MME", "SEED", "191.7", "| full"))
