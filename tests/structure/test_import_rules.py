@@ -24,7 +24,6 @@ OPTIONAL = (
     "psutil",
     "pyarrow",
     "pytest",
-    "pytz",
     "scipy",
     "skimage",
     "sklearn",
