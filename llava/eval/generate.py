@@ -66,10 +66,22 @@ def preprocess(pictures: Sequence[Image.Image], image_processor: Any, config: An
 
 
 def pack(pixels: Sequence[Tensor]) -> Tensor | list[Tensor] | None:
-    """What the model takes: one tensor where all shapes agree, else a list; None without pictures."""
+    """What the model takes: one tensor where all shapes agree, else a list; None without pictures.
+
+    Tensors that occur several times stay one object in a list, which the model encodes once.
+    """
     if not pixels:
         return None
-    return torch.stack(list(pixels)) if len({tensor.shape for tensor in pixels}) == 1 else list(pixels)
+    alike = len({tensor.shape for tensor in pixels}) == 1 and len({id(tensor) for tensor in pixels}) == len(pixels)
+    return torch.stack(list(pixels)) if alike else list(pixels)
+
+
+def _move(pixels: Tensor | list[Tensor] | None, model: Any) -> Tensor | list[Tensor] | None:
+    """Bring pictures to the model's device and number type, each object once."""
+    if pixels is None or isinstance(pixels, Tensor):
+        return None if pixels is None else move_pixels(pixels, model)
+    moved = {id(tensor): tensor.to(model.device, model.dtype) for tensor in pixels}
+    return [moved[id(tensor)] for tensor in pixels]
 
 
 def stop_string(conversation: Conversation, tokenizer: Any) -> str | None:
@@ -152,7 +164,7 @@ class Answerer:
         output = self.model.generate(
             padded,
             attention_mask=mask,
-            images=None if pixels is None else move_pixels(pixels, self.model),
+            images=_move(pixels, self.model),
             image_sizes=list(sizes),
             pad_token_id=self._pad,
             **(generation_options(0, None, 1, max_new_tokens) | stopping | options),

@@ -26,8 +26,9 @@ class LoadedBatch:
         kept: places in the batch of the samples whose pictures are here.
         counts: pictures of each kept sample.
         passes: tower passes of each kept sample (tiles counted).
-        pixels: all their pictures, see `llava.eval.generate.pack`.
-        sizes: their (width, height).
+        order: for every picture of the kept samples its place in `pixels`.
+        pixels: the distinct pictures, see `llava.eval.generate.pack`.
+        sizes: (width, height) of every picture of the kept samples.
         failures: (place in the batch, reason) of samples whose pictures cannot be used.
     """
 
@@ -35,9 +36,17 @@ class LoadedBatch:
     kept: list[int]
     counts: list[int]
     passes: list[int]
+    order: list[int]
     pixels: Tensor | list[Tensor] | None
     sizes: list[tuple[int, int]]
     failures: list[tuple[int, str]]
+
+    def images(self) -> Tensor | list[Tensor] | None:
+        """Every picture of the kept samples; one that several of them share is one object, to be encoded once."""
+        if self.pixels is None or len(self.order) == len(self.pixels):
+            return self.pixels
+        distinct = list(self.pixels)
+        return [distinct[index] for index in self.order]
 
 
 class PictureBatches(Dataset):
@@ -61,29 +70,32 @@ class PictureBatches(Dataset):
 
     def __getitem__(self, index: int) -> LoadedBatch:
         """Load one batch; every file is read once."""
-        opened: dict[Path, tuple[list[Tensor], list[tuple[int, int]]]] = {}
-        loaded = LoadedBatch(index, [], [], [], None, [], [])
+        places: dict[Path, list[int]] = {}
         pixels: list[Tensor] = []
+        sizes: list[tuple[int, int]] = []
+        loaded = LoadedBatch(index, [], [], [], [], None, [], [])
         for place, files in enumerate(self._batches[index]):
             try:
                 for file in files:
-                    if file not in opened:
-                        opened[file] = self._load(file)
+                    if file not in places:
+                        pictures = self._open(file)
+                        new = preprocess(pictures, self._image_processor, self._config)
+                        places[file] = list(range(len(pixels), len(pixels) + len(new)))
+                        pixels += new
+                        sizes += [picture.size for picture in pictures]
             except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
                 loaded.failures.append((place, str(error)))
                 continue
-            own = [tensor for file in files for tensor in opened[file][0]]
+            own = [number for file in files for number in places[file]]
             loaded.kept.append(place)
             loaded.counts.append(len(own))
-            loaded.passes.append(sum(tensor.shape[0] if tensor.dim() == 4 else 1 for tensor in own))
-            loaded.sizes += [size for file in files for size in opened[file][1]]
-            pixels += own
-        loaded.pixels = pack(pixels)
+            loaded.passes.append(sum(pixels[n].shape[0] if pixels[n].dim() == 4 else 1 for n in own))
+            loaded.order += own
+        used = {old: new for new, old in enumerate(dict.fromkeys(loaded.order))}
+        loaded.pixels = pack([pixels[old] for old in used])
+        loaded.sizes = [sizes[old] for old in loaded.order]
+        loaded.order = [used[old] for old in loaded.order]
         return loaded
-
-    def _load(self, file: Path) -> tuple[list[Tensor], list[tuple[int, int]]]:
-        pictures = self._open(file)
-        return preprocess(pictures, self._image_processor, self._config), [picture.size for picture in pictures]
 
 
 def load_batches(batches: PictureBatches, workers: int) -> DataLoader:

@@ -107,8 +107,19 @@ def _frames(task: Task) -> int:
 
 
 def make_batches(items: Sequence[Item], size: int) -> list[list[Item]]:
-    """Group questions whose prompts are of similar length, long ones first: if memory runs out, it does so at once."""
-    ordered = sorted(items, key=lambda item: (item.pictures, len(item.ids)), reverse=True)
+    """Group questions about one picture, which is then encoded once, and prompts of similar length.
+
+    Long prompts come first: if memory runs out, it does so at once.
+    """
+    longest: dict[tuple[Path, ...], int] = {}
+    for item in items:
+        visuals = item.question.visuals
+        longest[visuals] = max(longest.get(visuals, 0), len(item.ids))
+
+    def place(item: Item) -> tuple:
+        return item.pictures, longest[item.question.visuals], item.question.visuals, len(item.ids)
+
+    ordered = sorted(items, key=place, reverse=True)
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
@@ -234,7 +245,7 @@ class BenchmarkRun:
             for item, count in zip(kept, loaded.counts, strict=True)
         ]
         with duet.trace(images=False) as trace:
-            texts = self.answerer.generate(ids, loaded.pixels, loaded.sizes, self.task.max_new_tokens)
+            texts = self.answerer.generate(ids, loaded.images(), loaded.sizes, self.task.max_new_tokens)
         model = self.answerer.model
         patches = [passes * model.get_vision_tower().num_patches for passes in loaded.passes]
         metadata = sample_metadata(trace, patches, getattr(model.config, "tokenizer_model_max_length", None))

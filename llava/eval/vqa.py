@@ -167,7 +167,7 @@ def answer_rows(
                 place, reason = loaded.failures[0]
                 raise BadEvalData(f"question {batch[place].question_id}: {files[start + place][0]}: {reason}")
             ids = [answerer.prompt_ids(row.text, count) for row, count in zip(batch, loaded.counts, strict=True)]
-            texts = answerer.generate(ids, loaded.pixels, loaded.sizes, max_new_tokens, **options)
+            texts = answerer.generate(ids, loaded.images(), loaded.sizes, max_new_tokens, **options)
             new = [_answer_row(row, text, model_id) for row, text in zip(batch, texts, strict=True)]
             file.append(new[max(len(file.rows) - start, 0) :])
             bar.update(len(batch))

@@ -219,6 +219,17 @@ class LlavaMetaForCausalLM(ABC):
         )
 
     def _image_features(self, images, image_sizes) -> list[Tensor]:
+        """One [K, D] per picture; an object that is in the list several times is encoded once."""
+        images = list(images)
+        first = {id(image): index for index, image in reversed(list(enumerate(images)))}
+        if len(first) == len(images):
+            return self._encode_pictures(images, image_sizes)
+        chosen = sorted(first.values())
+        sizes = None if image_sizes is None else [image_sizes[index] for index in chosen]
+        features = dict(zip(chosen, self._encode_pictures([images[index] for index in chosen], sizes), strict=True))
+        return [features[first[id(image)]] for image in images]
+
+    def _encode_pictures(self, images: list[Tensor], image_sizes) -> list[Tensor]:
         """One [K, D] per picture, tiles merged."""
         stacks = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
         encoded = self.encode_images(torch.cat(stacks))

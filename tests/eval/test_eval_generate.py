@@ -1,5 +1,6 @@
 """Batched answers: any mix of pictures, the same texts as one by one."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,11 @@ from PIL import Image
 
 import duet
 from llava.conversation import conv_templates
+from llava.eval import bench
 from llava.eval.generate import Answerer, mark_images, pack, preprocess, stop_string, template_for
 from llava.eval.ledger import sample_metadata, summarise
+from llava.eval.runner import Item, make_batches
+from llava.eval.tasks.base import Question
 from llava.model.builder import load_pretrained_model
 
 PLAIN = SimpleNamespace(mm_use_im_start_end=False)
@@ -152,6 +156,39 @@ def test_pictures_are_processed_once_and_stacked_where_they_fit(answerer):
     same = picture(1)
     pixels = preprocess([same, picture(2), same], answerer.image_processor, answerer.model.config)
     assert pixels[0] is pixels[2] and not torch.equal(pixels[0], pixels[1])
-    assert pack(pixels).shape == (3, 3, 84, 84)
+    assert pack(pixels[:2]).shape == (2, 3, 84, 84)
     assert pack([]) is None
+    assert pack([pixels[0], pixels[1], pixels[0]])[2] is pixels[0]
     assert len(pack([torch.zeros(3, 2, 2), torch.zeros(4, 3, 2, 2)])) == 2
+
+
+def test_a_picture_that_several_questions_share_is_encoded_once(answerer, monkeypatch):
+    encoded = []
+    before = answerer.model.encode_images
+    monkeypatch.setattr(answerer.model, "encode_images", lambda images: encoded.append(len(images)) or before(images))
+    same, other = picture(9), picture(8)
+    texts = answerer.answer([("What?", [same]), ("Why is it so?", [other, same]), ("Who?", [same])], 6)
+    assert encoded == [2]
+    assert texts == [
+        answerer.answer([sample], 6)[0]
+        for sample in [("What?", [same]), ("Why is it so?", [other, same.copy()]), ("Who?", [same])]
+    ]
+
+
+def test_batches_keep_the_questions_about_a_picture_together():
+    def item(key, picture, length):
+        return Item(Question(key, key, "", (Path(picture),)), 1, (0,) * length)
+
+    items = [item("a1", "a", 5), item("b1", "b", 9), item("a2", "a", 8), item("c1", "c", 6), item("b2", "b", 4)]
+    items.append(Item(Question("t", "t", ""), 0, (0,) * 50))
+    keys = [[item.question.key for item in batch] for batch in make_batches(items, 2)]
+    assert keys == [["b1", "b2"], ["a2", "a1"], ["c1", "t"]]
+
+
+def test_the_bench_reports_the_ratio(loaded, monkeypatch, capsys):
+    tokenizer, model, processor = loaded
+    monkeypatch.setattr(bench, "load", lambda args: Answerer(model, tokenizer, processor, "vicuna_v1"))
+    assert bench.main(["--batch", "2", "--samples", "2", "--rounds", "1", "--new-tokens", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "1 per picture: batch 1" in out and "6 per picture: batch 1" in out and "times as fast" in out
+    assert bench.main(["--samples", "2"]) == 1
