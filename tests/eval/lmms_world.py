@@ -96,7 +96,7 @@ def run_task(lm: Any, folder: Path, names: list[str]) -> tuple[dict[str, list[st
         name: [row["filtered_resps"][0] for row in sorted(found["samples"][name], key=lambda row: row["doc_id"])]
         for name in names
     }
-    return answers, {name: found["results"][name]["exact_match,none"] for name in names}
+    return answers, {name: found["results"][name].get("exact_match,none") for name in names}
 
 
 def own_answers(checkpoint: Path, docs: list[Doc], reduction: Any = None, like_lmms: bool = False) -> list[str]:
