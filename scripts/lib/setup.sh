@@ -34,3 +34,5 @@ if [ -n "$torch" ]; then
 fi
 echo "setup: installing -e .[$extras]"
 "$venv/bin/python" -m pip install -q -e ".[$extras]"
+# lmms-eval wants torchvision, which has no build for every torch; its tests need neither that nor the rest of its list.
+case ",$extras," in *,dev,*) "$venv/bin/python" -m pip install -q --no-deps -r tests/eval/lmms_requirements.txt ;; esac

@@ -65,6 +65,7 @@ def write_local_task(folder: Path, name: str, docs: list[dict], pictures: list[t
 @pytest.mark.parametrize("name", sorted(SPLITS))
 def test_a_stock_task_asks_and_is_answered_like_ours(name, tmp_path, monkeypatch):
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # TextVQA's task writes a submission file where it runs
     docs = with_questions(name, GENERATED[name]()[: 28 if name == "mme" else 6])
     keys = WRITERS[name](tmp_path, docs)[:4]
     questions = {question.key: question for question in TASKS.get(name)().questions(tmp_path)}
