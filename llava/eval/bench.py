@@ -6,15 +6,20 @@ picture, which is then encoded once: 1 in most of ScienceQA, 2 in MME, 18 in POP
 and MME. Without --model-path the model is put together from a language
 model and a vision tower with a random projector, and every answer has --new-tokens tokens, because its cost is what is
 measured and not its answers.
+
+On a CPU a batch saves little of a full-token prefill, which is limited by arithmetic; it saves the tower where pictures
+are shared, and the overhead of short sequences.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +27,8 @@ import torch
 from PIL import Image
 
 from llava.eval.generate import IMAGE_TEMPLATE, Answerer
+from llava.eval.runner import Item, make_batches
+from llava.eval.tasks.base import Question
 from llava.mm_utils import get_model_name_from_path
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
@@ -43,10 +50,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=8, help="the batch size that is compared with 1")
     parser.add_argument("--samples", type=int, default=24, help="questions a round")
     parser.add_argument("--per-picture", type=int, nargs="+", default=[1, 6], help="questions about one picture")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=3, help="tokens of every answer")
     parser.add_argument("--device", default="cuda", help="cuda (NVIDIA and AMD) or cpu")
-    ReductionArguments.add_arguments(parser)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[0, 192, 64], help="DUET presets; 0 is no reduction")
     return parser
 
 
@@ -63,15 +70,11 @@ def join_parts(llm: str, tower: str, device: str) -> tuple[Any, Any, Any]:
 
 def load(args: argparse.Namespace) -> Answerer:
     """The model that is timed."""
-    flags = ReductionArguments.from_namespace(args)
     if args.model_path is None:
         tokenizer, model, processor = join_parts(args.llm, args.tower, args.device)
-        model.set_reduction(flags.to_config(model.reduction))
     else:
         name = get_model_name_from_path(args.model_path)
-        tokenizer, model, processor, _ = load_pretrained_model(
-            args.model_path, None, name, device=args.device, duet_config=flags
-        )
+        tokenizer, model, processor, _ = load_pretrained_model(args.model_path, None, name, device=args.device)
     return Answerer(model, tokenizer, processor, IMAGE_TEMPLATE)
 
 
@@ -84,10 +87,15 @@ def make_samples(count: int, side: int, per_picture: int) -> list[tuple[str, lis
 
 
 def seconds(answerer: Answerer, samples: list, batch: int, new_tokens: int) -> float:
-    """Time to answer all samples."""
+    """Time to answer all samples, in the batches that the runner makes."""
     begin = time.perf_counter()
-    for start in range(0, len(samples), batch):
-        answerer.answer(samples[start : start + batch], new_tokens, min_new_tokens=new_tokens)
+    items = [
+        Item(Question(str(n), n, text, (Path(str(id(pictures[0]))),)), 1, tuple(answerer.prompt_ids(text, 1)))
+        for n, (text, pictures) in enumerate(samples)
+    ]
+    for group in make_batches(items, batch):
+        asked = [samples[int(item.question.question_id)] for item in group]
+        answerer.answer(asked, new_tokens, min_new_tokens=new_tokens)
     return time.perf_counter() - begin
 
 
@@ -115,15 +123,18 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     machine = f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} before"
     print(f"{args.samples} questions, {args.new_tokens} tokens each, {args.rounds} rounds, {machine}")
-    for per_picture in args.per_picture:
-        samples = make_samples(args.samples, answerer.model.get_vision_tower().config.image_size, per_picture)
+    print(
+        "visual tokens, questions per picture: ms a sample at batch 1 and at batch N (medians), how many times as fast"
+    )
+    side = answerer.model.get_vision_tower().config.image_size
+    for tokens, per_picture in itertools.product(args.budgets, args.per_picture):
+        answerer.model.set_reduction(ReductionArguments(duet_tokens=tokens).to_config())
+        samples = make_samples(args.samples, side, per_picture)
         times = measure(answerer, samples, args.batch, args.new_tokens, args.rounds)
         ratios = [single / batched for single, batched in times]
         one, many = (statistics.median(column) / args.samples * 1000 for column in zip(*times, strict=True))
-        print(
-            f"{per_picture} per picture: batch 1 {one:.1f} ms a sample, batch {args.batch} {many:.1f} ms (medians); "
-            f"{statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"{tokens or 'full':>5}, {per_picture}: {one:7.1f} ms, {many:7.1f} ms, {spread}")
     return 0
 
 
