@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -74,10 +75,16 @@ def cut_torn_line(path: Path) -> None:
 
 
 def _lock(file: IO, path: Path) -> None:
-    """Keep other processes out until the file is closed; a killed process leaves no lock behind."""
+    """Keep other processes out until the file is closed.
+
+    A lock of this process alone: a killed run leaves none behind in the workers that outlive it for some seconds.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
         raise BadEvalData(f"{path}: another process is writing to it; wait for it, or end it first") from error
 
 
@@ -108,13 +115,9 @@ class AnswersFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         cut_torn_line(path)
+        self.rows = read_rows(path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        try:
-            _lock(self._file, path)
-            self.rows = read_rows(path)
-        except BadEvalData:
-            self._file.close()
-            raise
+        _lock(self._file, path)
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows, in one write that a reader sees at once."""

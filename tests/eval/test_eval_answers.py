@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import time
 
 import pytest
+from runner_world import in_processes
 
 from llava.eval.answers import AnswersFile, cut_torn_line, read_answers, read_rows, write_lines
 from llava.eval.settings import Settings, model_fingerprint, questions_digest
@@ -50,16 +54,36 @@ def test_a_file_of_one_torn_line_becomes_empty_and_a_whole_one_stays(tmp_path):
     assert path.read_bytes() == b'{"key": "a"}\n'
 
 
+def refused(path):
+    """Whether another process may neither write nor repair; called in a child."""
+    for attempt in (AnswersFile, cut_torn_line):
+        with pytest.raises(BadEvalData, match=r"a\.jsonl: another process is writing"):
+            attempt(path)
+
+
 def test_two_writers_are_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     with AnswersFile(path) as file:
         file.append([row("a")])
-        with pytest.raises(BadEvalData, match=r"a\.jsonl: another process is writing"):
-            AnswersFile(path)
-        with pytest.raises(BadEvalData, match="another process"):
-            cut_torn_line(path)
+        assert in_processes(refused, path) == [0]
+    assert in_processes(refused, path) == [1]
+
+
+def test_a_worker_that_outlives_a_killed_run_keeps_nobody_out(tmp_path):
+    path = tmp_path / "a.jsonl"
+
+    parent = os.fork()
+    if parent == 0:
+        file = AnswersFile(path)
+        file.append([row("a")])
+        if os.fork() == 0:
+            time.sleep(3)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(parent, 0)
+    begin = time.monotonic()
     with AnswersFile(path) as file:
-        assert len(file.rows) == 1
+        assert len(file.rows) == 1 and time.monotonic() - begin < 2, "the worker must still be alive"
 
 
 def test_damage_in_the_middle_is_named(tmp_path):
