@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +49,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llava.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_run_arguments(parser)
+    parser.add_argument("--name", default=None, help="row of the table (default: the model's name and its reduction)")
+    parser.add_argument("--no-reduction", action="store_true", help="ignore the reduction that the checkpoint names")
+    ReductionArguments.add_arguments(parser)
+    return parser
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model answers which benchmarks, where and how fast."""
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--model-base", default=None, help="base model of a LoRA or projector folder")
     parser.add_argument("--benchmarks", required=True, help="names, separated by commas; all: every picture benchmark")
     parser.add_argument("--root", type=Path, default=Path("playground/data/eval"), help="where the benchmarks lie")
     parser.add_argument("--out", type=Path, default=Path("results/eval"), help="where answers and results go")
-    parser.add_argument("--name", default=None, help="row of the table (default: the model's name and its reduction)")
     parser.add_argument("--batch", type=int, default=8, help="questions at once; the answers do not depend on it")
     parser.add_argument("--workers", type=int, default=2, help="processes that load pictures, for each rank")
     parser.add_argument("--limit", type=int, default=None, help="ask only the first so many questions; no score")
@@ -61,13 +71,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default=None, help="float16, bfloat16 or float32 (default: fp16; fp32 on a CPU)")
     parser.add_argument("--load-8bit", action="store_true")
     parser.add_argument("--load-4bit", action="store_true")
-    parser.add_argument("--no-reduction", action="store_true", help="ignore the reduction that the checkpoint names")
     parser.add_argument(
         "--on-missing", choices=("error", "skip"), default="error",
         help="skip: leave out benchmarks whose files are missing, and score with unanswered questions counted as wrong",
     )  # fmt: skip
-    ReductionArguments.add_arguments(parser)
-    return parser
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -76,13 +83,21 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the flag.
     """
-    given = ReductionArguments.from_namespace(args).given()
-    if args.no_reduction and given:
-        raise ValueError(f"--no-reduction contradicts --{next(iter(given))}; give one of them")
     for flag, least in (("batch", 1), ("workers", 0), ("limit", 1)):
         value = getattr(args, flag)
         if value is not None and value < least:
             raise ValueError(f"--{flag} {value} must be at least {least}")
+
+
+def check_row(args: argparse.Namespace) -> None:
+    """Refuse a name or a reduction that cannot be.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    given = ReductionArguments.from_namespace(args).given()
+    if args.no_reduction and given:
+        raise ValueError(f"--no-reduction contradicts --{next(iter(given))}; give one of them")
     if args.name is not None and (Path(args.name).name != args.name or args.name in (".", "..")):
         raise ValueError(f"--name {args.name!r} becomes a folder's name; leave out slashes")
 
@@ -151,7 +166,7 @@ def load(args: argparse.Namespace, processes: Processes) -> tuple[Any, Any, Any]
         load_4bit=args.load_4bit,
         device=processes.device(args.device),
         dtype=args.dtype,
-        duet_config="none" if args.no_reduction else ReductionArguments.from_namespace(args),
+        duet_config="none" if getattr(args, "no_reduction", True) else ReductionArguments.from_namespace(args),
     )
     if image_processor is None:
         raise ValueError(f"{args.model_path} is a plain language model; it cannot look at pictures")
@@ -166,42 +181,86 @@ def default_name(model_name: str, model: Any) -> str:
     return f"{model_name}-duet-{round(tokens)}"
 
 
-def evaluate(args: argparse.Namespace, processes: Processes) -> bool:
-    """Run all benchmarks; returns whether every question was answered.
+@dataclass(frozen=True)
+class Session:
+    """A loaded model and the benchmarks that it is asked.
+
+    Attributes:
+        args: the command line.
+        processes: this process among all.
+        found: benchmarks with their questions.
+        tokenizer, model, image_processor: what answers.
+        fingerprint: of the model's weights.
+    """
+
+    args: argparse.Namespace
+    processes: Processes
+    found: list[tuple[Task, list[Question]]]
+    tokenizer: Any
+    model: Any
+    image_processor: Any
+    fingerprint: str
+
+    @property
+    def model_name(self) -> str:
+        """The model's name, as its path says."""
+        return get_model_name_from_path(self.args.model_path)
+
+    def run(self, options: RunOptions) -> bool:
+        """Run all benchmarks with the model's present reduction; returns whether every question was answered."""
+        args, model = self.args, self.model
+        dtype = str(model.dtype).removeprefix("torch.") + ", 8 bit" * args.load_8bit + ", 4 bit" * args.load_4bit
+        about = {
+            "model_path": args.model_path,
+            "model_base": args.model_base,
+            "model_name": self.model_name,
+            "device": str(model.device),
+            "versions": versions(),
+        }
+        complete = True
+        for task, questions in self.found:
+            template = template_for(self.model_name, model.config, args.conv_mode, task.video)
+            answerer = Answerer(model, self.tokenizer, self.image_processor, template)
+            settings = make_settings(task, questions, args.root, answerer, self.fingerprint, dtype)
+            run = BenchmarkRun(task, questions, answerer, settings, options, self.processes, about)
+            record = run.run()
+            if self.processes.first:
+                complete &= report_run(run, record)
+        return bool(self.processes.from_first(complete))
+
+
+def open_session(args: argparse.Namespace, processes: Processes) -> Session:
+    """Check flags and files, then load the model.
 
     Raises:
         Incomplete: a file or a picture is missing.
         ValueError: a wrong request, or wrong data.
     """
     check_arguments(args)
-    skip = args.on_missing == "skip"
-    found = find_questions(choose_tasks(args.benchmarks), args.root, args.limit, skip)
+    found = find_questions(choose_tasks(args.benchmarks), args.root, args.limit, args.on_missing == "skip")
     tokenizer, model, image_processor = load(args, processes)
-    model_name = get_model_name_from_path(args.model_path)
     fingerprint = processes.from_first(
         model_fingerprint(args.model_path, args.model_base, model.config) if processes.first else None
     )
-    dtype = str(model.dtype).removeprefix("torch.") + ", 8 bit" * args.load_8bit + ", 4 bit" * args.load_4bit
-    options = RunOptions(
-        args.root, args.out, args.name or default_name(model_name, model), args.batch, args.workers, args.limit, skip
-    )
-    about = {
-        "model_path": args.model_path,
-        "model_base": args.model_base,
-        "model_name": model_name,
-        "device": str(model.device),
-        "versions": versions(),
-    }
-    complete = True
-    for task, questions in found:
-        template = template_for(model_name, model.config, args.conv_mode, task.video)
-        answerer = Answerer(model, tokenizer, image_processor, template)
-        settings = make_settings(task, questions, args.root, answerer, fingerprint, dtype)
-        run = BenchmarkRun(task, questions, answerer, settings, options, processes, about)
-        record = run.run()
-        if processes.first:
-            complete &= report_run(run, record)
-    return bool(processes.from_first(complete))
+    return Session(args, processes, found, tokenizer, model, image_processor, fingerprint)
+
+
+def run_options(args: argparse.Namespace, name: str) -> RunOptions:
+    """How to run one row of the table."""
+    skip = args.on_missing == "skip"
+    return RunOptions(args.root, args.out, name, args.batch, args.workers, args.limit, skip)
+
+
+def evaluate(args: argparse.Namespace, processes: Processes) -> bool:
+    """Run all benchmarks with one reduction; returns whether every question was answered.
+
+    Raises:
+        Incomplete: a file or a picture is missing.
+        ValueError: a wrong request, or wrong data.
+    """
+    check_row(args)
+    session = open_session(args, processes)
+    return session.run(run_options(args, args.name or default_name(session.model_name, session.model)))
 
 
 def report_run(run: BenchmarkRun, record: dict[str, Any] | None) -> bool:
@@ -218,13 +277,12 @@ def report_run(run: BenchmarkRun, record: dict[str, Any] | None) -> bool:
     return not run.failures and (record is None or not record["n_missing"])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    args = make_parser().parse_args(argv)
+def guarded(args: argparse.Namespace, function: Callable[[argparse.Namespace, Processes], bool]) -> int:
+    """Join the other processes, run, and turn errors into a line and an exit status."""
     processes = Processes()
     try:
         processes = Processes.join()
-        complete = evaluate(args, processes)
+        complete = function(args, processes)
     except (Incomplete, BadEvalData) as error:
         if processes.first:
             print(f"error: {error}", file=sys.stderr)
@@ -237,6 +295,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     processes.leave()
     return 0 if complete or args.on_missing == "skip" else 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return guarded(make_parser().parse_args(argv), evaluate)
 
 
 if __name__ == "__main__":
