@@ -57,8 +57,9 @@ test-gpu: ## The tests that need a CUDA or ROCm device (skipped, with the reason
 demo: ## Train and evaluate LLaVA with DUET in the tiny world
 	bash scripts/finetune_duet.sh
 
-bench: ## Prefill and training step, full tokens against DUET, next to what the FLOPs predict
+bench: ## Prefill and training step, full tokens against DUET, next to what the FLOPs predict; then batched evaluation
 	$(PY) -m duet.bench $(BENCH_ARGS)
+	$(PY) -m llava.eval.bench $(EVAL_BENCH_ARGS)
 
 clean: ## Remove caches and build leftovers (keeps .venv, data and checkpoints)
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

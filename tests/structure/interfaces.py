@@ -90,6 +90,10 @@ LLAVA_NAMES: dict[str, tuple[str, ...]] = {
 
 PARSERS = {
     "python -m duet.bench": ("duet.bench", "make_parser"),
+    "python -m llava.eval": ("llava.eval.__main__", "make_parser"),
+    "python -m llava.eval.compare": ("llava.eval.compare", "make_parser"),
+    "python -m llava.eval.judge": ("llava.eval.judge", "make_parser"),
+    "python -m llava.eval.report": ("llava.eval.report", "make_parser"),
 }
 
 
