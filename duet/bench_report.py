@@ -38,6 +38,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             facts[package] = version(package)
         except PackageNotFoundError:
             facts[package] = "not installed"
+    facts["MKL_CBWR"] = os.environ.get("MKL_CBWR", "not set")
     facts["commit"] = _commit()
     return facts
 
