@@ -79,7 +79,7 @@ def test_zero3_with_text_only_ranks_equals_one_rank(train, flags, tmp_path, text
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_zero3_in_bf16(train, flags, tmp_path, lora):
-    """The projector and the adapters are made outside of ZeRO-3's partitioning, and still have to get its number type."""
+    """The projector and the adapters are made outside of ZeRO-3's partitioning, and still get its number type."""
     shared = {"max_steps": 2, "save_steps": 2, "seed": 3, "lora_enable": lora}
     code, output = finish(start(flags("zero3", deepspeed=SCRIPTS / "zero3.json", bf16=True, **shared)))
     assert code == 0, output[-3000:]
