@@ -116,7 +116,7 @@ class ReductionArguments:
         return cls(**{item.name: getattr(namespace, item.name, None) for item in fields(cls)})
 
 
-def parse_pair(text: str, given: dict[str, Any]) -> dict[str, str]:
+def parse_pair(text: str, given: dict[str, Any]) -> dict[str, Any]:
     """Read `VISION+LANGUAGE`, where either name may be `none`.
 
     Raises:
