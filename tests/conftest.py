@@ -6,6 +6,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
+from PIL import ImageFile
 
 torch.set_num_threads(1)  # the models here are tiny: more threads cost more than they give
+
+
+@pytest.fixture(autouse=True)
+def truncated_pictures_are_errors(monkeypatch):
+    """lmms-eval tells PIL at import to accept pictures that end early; other tests of the process must not notice."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)

@@ -1,7 +1,10 @@
 """The judge: what is asked, what is kept, what it may cost, and what happens when the endpoint misbehaves."""
 
 import itertools
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from video_stub_judge import CASES, KEY, MODEL, RIGHT, SNAPSHOT, CutOff, Silence, Status, completion, error, serve_judge
@@ -11,6 +14,7 @@ from llava.eval.judging import PROMPT, Cache, Case, Judge, Prompt, parse_reply
 from llava.eval.tasks.base import BadEvalData
 from llava.eval.tasks.video_qa import Verdict
 
+ROOT = Path(__file__).resolve().parents[2]
 YES = "{'pred': 'yes', 'score': 4}"
 
 
@@ -314,8 +318,10 @@ def test_the_cost_is_bounded(stub, make, workers):
 
 def test_one_process_at_a_time(make, tmp_path):
     make()
-    with pytest.raises(BadEvalData, match="another process"):
-        Cache(tmp_path / "cache.jsonl")
+    code = "import sys; from pathlib import Path; from llava.eval.judging import Cache; Cache(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "cache.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode != 0 and "another process" in done.stderr
 
 
 @pytest.mark.parametrize("line", ['{"key": "k", "right": 1, "score": 5}', '{"key": "k", "right": true}', "[]", "{oops"])
