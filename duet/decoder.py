@@ -127,7 +127,7 @@ def _plain(
     if tracing.is_active() and (cache is None or cache.get_seq_length() == 0):
         _record_plain(decoder, inputs_embeds, attention_mask, visual)
     seen_states: list[Tensor] | None = [] if want_hidden else None
-    hidden = _run_layers(
+    hidden, _ = _run_layers(
         decoder, inputs_embeds, 0, len(decoder.layers), attention_mask, position_ids, cache, layer_kwargs,
         use_cache=use_cache, mask_positions=position_ids, seen_states=seen_states,
     )  # fmt: skip
@@ -147,16 +147,18 @@ def _record_plain(decoder: nn.Module, hidden: Tensor, attention_mask: Tensor | N
 
 def _run_layers(
     decoder, hidden, start, stop, attention_mask, position_ids, cache, layer_kwargs,
-    use_cache=False, mask_positions=None, seen_states=None, keep_states=None,
-) -> Tensor:  # fmt: skip
+    use_cache=False, mask_positions=None, seen_states=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run layers ``start`` to ``stop - 1`` with one mask and one rotary table.
 
-    ``seen_states`` collects the input of every layer, or of the last ``keep_states`` of them.
+    Returns the output and the input of the last layer; ``seen_states`` collects the input of every layer.
     """
     masks = _masks(decoder, hidden, attention_mask, cache, mask_positions, start)
     rotary = decoder.rotary_emb(hidden, position_ids)
+    previous = hidden
     for index in range(start, stop):
-        if seen_states is not None and (keep_states is None or index >= stop - keep_states):
+        previous = hidden
+        if seen_states is not None:
             seen_states.append(hidden)
         out = decoder.layers[index](
             hidden,
@@ -168,7 +170,7 @@ def _run_layers(
             **layer_kwargs,
         )
         hidden = out if isinstance(out, Tensor) else out[0]
-    return hidden
+    return hidden, previous
 
 
 def _layer_type(config: Any, index: int) -> str:
@@ -297,14 +299,10 @@ class _ReducedPass:
         return visual, total
 
     def _segment(self, state: TokenState, start: int, stop: int) -> TokenState:
-        seen: list[Tensor] = []
-        hidden = _run_layers(
+        hidden, self._previous = _run_layers(
             self._decoder, state.hidden, start, stop, state.valid, state.positions, self._cache, self._kwargs,
-            use_cache=self._cache is not None, seen_states=seen, keep_states=None if self._states is not None else 1,
+            use_cache=self._cache is not None, seen_states=self._states,
         )  # fmt: skip
-        self._previous = seen[-1]
-        if self._states is not None:
-            self._states += seen
         if self._cache is not None:
             self._cache.segments.append(CachedSegment(start, stop, state.valid, _next_position(state)))
         return replace(state, hidden=hidden)
@@ -363,7 +361,7 @@ def _continue(
     for segment in cache.segments:
         positions = segment.next_position.unsqueeze(-1) + steps
         segment.valid = _extend(segment.valid, fresh, batch, new, cache.get_seq_length(segment.start), hidden.device)
-        hidden = _run_layers(
+        hidden, _ = _run_layers(
             decoder, hidden, segment.start, segment.stop, segment.valid, positions, cache, kwargs,
             use_cache=True, seen_states=states,
         )  # fmt: skip

@@ -125,6 +125,7 @@ def _solve_entering(base: DuetConfig, tokens: float, patches: int, num_layers: i
 def _solve_ratios(base: DuetConfig, tokens: float, patches: int, num_layers: int) -> DuetConfig:
     """Find the ratio ``r`` for which stage ``m`` keeps ``r ** m`` of the tokens, in whole tokens."""
     layers = sorted(base.schedule)
+    weights = _weights(layers, num_layers)
 
     def schedule(counts: list[int]) -> dict[int, float]:
         return {layer: min(1.0, (n + 0.5) / patches) if n else 0.0 for layer, n in zip(layers, counts, strict=True)}
@@ -135,12 +136,11 @@ def _solve_ratios(base: DuetConfig, tokens: float, patches: int, num_layers: int
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        ratios = {layer: middle ** (m + 1) for m, layer in enumerate(layers)}
-        exact = sum(_weights(layers, num_layers)[m] * r for m, r in enumerate([1.0, *ratios.values()])) * patches
+        exact = sum(weight * middle**m for m, weight in enumerate(weights)) * patches
         low, high = (middle, high) if exact < tokens else (low, middle)
     counts = [math.floor(patches * low ** (m + 1) + 1e-6) for m in range(len(layers))]
     if abs(average(counts) - tokens) > TOLERANCE:  # floors cost too much: the first stage keeps more, if it may
-        more = round((tokens - average(counts)) / _weights(layers, num_layers)[1])
+        more = round((tokens - average(counts)) / weights[1])
         counts[0] = max(counts[1] if len(counts) > 1 else 0, min(patches, counts[0] + more))
     return replace(base, schedule=schedule(counts))
 

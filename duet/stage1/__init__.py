@@ -113,5 +113,22 @@ def keep_patches(tower: TowerOutput, index_BK: Tensor) -> VisionReduction:
     return VisionReduction(gather_tokens(tower.patches, index), index, kind, index.new_empty(len(index), 0, 0))
 
 
+def keep_clusters(tokens_BKD: Tensor, belongs_BKN: Tensor) -> VisionReduction:
+    """Return the reduction whose tokens stand for clusters, ordered by each cluster's first patch.
+
+    Shapes: tokens [B, K, D]; belongs [B, K, N] bool, the patches of each token.
+    """
+    patches = belongs_BKN.shape[2]
+    width = int(belongs_BKN.sum(-1).max())
+    members = belongs_BKN.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :width]
+    members = members.masked_fill(~belongs_BKN.gather(2, members), patches)
+    order = members[..., 0].argsort(dim=1)
+    members = gather_tokens(members, order)
+    kind = torch.full((order.shape[1],), CONTEXTUAL, device=order.device)
+    return VisionReduction(
+        gather_tokens(tokens_BKD, order), members[..., 0], kind, members.masked_fill(members == patches, -1)
+    )
+
+
 VisionReducer = Callable[[TowerOutput, "DuetConfig"], VisionReduction]
 VISION_REDUCERS: Registry[VisionReducer] = Registry("vision reducer", "duet.stage1")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from duet.stage1 import CONTEXTUAL, VISION_REDUCERS, TowerOutput, VisionReduction
-from duet.tokens import rank_descending
+from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, keep_clusters
+from duet.tokens import gather_tokens, rank_descending
 
 if TYPE_CHECKING:
     from duet.config import DuetConfig
@@ -29,14 +29,15 @@ def tome_post(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     alive = owner
     while alive.shape[1] > config.entering:
         alive, owner = _merge_round(alive, owner, metric, alive.shape[1] - config.entering)
-    return _averages(patches, owner, alive)
+    means = gather_tokens(_cluster_means(patches.float(), owner), alive).to(patches.dtype)
+    return keep_clusters(means, owner.unsqueeze(1) == alive.unsqueeze(-1))
 
 
 def _merge_round(alive_BT: Tensor, owner_BN: Tensor, metric: Tensor, excess: int) -> tuple[Tensor, Tensor]:
     """Merge up to ``excess`` even tokens into odd ones; returns the tokens left and every patch's token."""
     even, odd = alive_BT[:, ::2], alive_BT[:, 1::2]
     means = _cluster_means(metric, owner_BN)
-    left, right = (torch.nn.functional.normalize(_pick(means, group), dim=-1) for group in (even, odd))
+    left, right = (torch.nn.functional.normalize(gather_tokens(means, group), dim=-1) for group in (even, odd))
     best = (left @ right.transpose(1, 2)).max(-1)
     order = rank_descending(best.values)
     count = min(excess, odd.shape[1])
@@ -47,10 +48,6 @@ def _merge_round(alive_BT: Tensor, owner_BN: Tensor, metric: Tensor, excess: int
     return alive, target.gather(1, owner_BN)
 
 
-def _pick(values: Tensor, index: Tensor) -> Tensor:
-    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-
-
 def _cluster_means(values: Tensor, owner: Tensor) -> Tensor:
     """Return at each patch's place the mean of the patches that it owns. Shapes: [B, N, D] -> [B, N, D]."""
     sums = torch.zeros_like(values).scatter_add(1, owner.unsqueeze(-1).expand_as(values), values)
@@ -58,18 +55,3 @@ def _cluster_means(values: Tensor, owner: Tensor) -> Tensor:
         1, owner, torch.ones_like(owner, dtype=values.dtype)
     )
     return sums / sizes.clamp(min=1).unsqueeze(-1)
-
-
-def _averages(patches: Tensor, owner: Tensor, alive: Tensor) -> VisionReduction:
-    """Average the patches of each token, in the order of each token's first patch."""
-    batch, count, _ = patches.shape
-    places = torch.arange(count, device=patches.device).expand(batch, -1)
-    first = torch.full_like(owner, count).scatter_reduce(1, owner, places, "amin")
-    alive = alive.gather(1, first.gather(1, alive).argsort(dim=1))
-    means = _pick(_cluster_means(patches.float(), owner), alive).to(patches.dtype)
-    belongs = owner.unsqueeze(1) == alive.unsqueeze(-1)
-    width = int(belongs.sum(-1).max())
-    members = belongs.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :width]
-    members = members.masked_fill(~belongs.gather(2, members), -1)
-    kind = torch.full((alive.shape[1],), CONTEXTUAL, device=patches.device)
-    return VisionReduction(means, members[..., 0], kind, members)

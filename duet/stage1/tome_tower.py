@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from duet.signals import TowerSignals
-from duet.stage1 import CONTEXTUAL, VISION_REDUCERS, TowerOutput, VisionReduction
+from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, keep_clusters
 from duet.tokens import gather_tokens, rank_descending
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ class ToMe:
             tokens, sizes, owner = _merge(tokens, sizes, owner, metric, count)
             hidden = torch.cat((special, tokens), 1)
             hidden = hidden + block.mlp(block.layer_norm2(hidden))
-        return _ordered(hidden[:, int(class_token) :], owner)
+        numbers = torch.arange(config.entering, device=hidden.device)
+        return keep_clusters(hidden[:, int(class_token) :], owner.unsqueeze(1) == numbers[:, None])
 
 
 def _merge(tokens: Tensor, sizes: Tensor, owner: Tensor, metric: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,20 +94,6 @@ def _merge(tokens: Tensor, sizes: Tensor, owner: Tensor, metric: Tensor, count: 
     slots[:, ::2] = place
     slots[:, 1::2] = numbers[: odd.shape[1]] + stays.shape[1]
     return merged, torch.cat((sizes[:, ::2].gather(1, stays), odd_sizes), 1), slots.gather(1, owner)
-
-
-def _ordered(tokens: Tensor, owner: Tensor) -> VisionReduction:
-    """Order tokens by their first patch, and list the patches of each."""
-    count, patches = tokens.shape[1], owner.shape[1]
-    belongs = owner.unsqueeze(1) == torch.arange(count, device=owner.device)[:, None]
-    width = int(belongs.sum(-1).max())
-    members = belongs.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :width]
-    members = members.masked_fill(~belongs.gather(2, members), patches)
-    order = members[..., 0].argsort(dim=1)
-    members = members.gather(1, order.unsqueeze(-1).expand_as(members))
-    members = members.masked_fill(members == patches, -1)
-    kind = torch.full((count,), CONTEXTUAL, device=tokens.device)
-    return VisionReduction(gather_tokens(tokens, order), members[..., 0], kind, members)
 
 
 VISION_REDUCERS.register("tome")(ToMe())

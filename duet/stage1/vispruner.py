@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, keep_patches
+from duet.stage1.local_cluster import class_attention
 from duet.tokens import gather_tokens, rank_descending
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ def vispruner(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
 @torch.no_grad()
 def important_and_diverse(tower: TowerOutput, count: int) -> Tensor:
     """Return the chosen patches, important ones first. Shapes: [B, ``count``]."""
-    score = tower.signals.class_row().mean(1) if tower.class_token else tower.signals.column_mass()
-    order = rank_descending(score)
+    order = rank_descending(class_attention(tower))
     important = int(count * _IMPORTANT)
     rest, wanted = order[:, important:], count - important
     unit = torch.nn.functional.normalize(tower.patches.float(), dim=-1)

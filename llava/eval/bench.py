@@ -28,14 +28,14 @@ from PIL import Image
 
 from llava.eval.generate import IMAGE_TEMPLATE, Answerer
 from llava.eval.runner import Item, make_batches
-from llava.eval.tasks.base import Question
+from llava.eval.tasks.base import SHORT_ANSWER, Question
 from llava.mm_utils import get_model_name_from_path
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.reduction import ReductionArguments
 from llava.tokenization import load_tokenizer
 
-QUESTION = "Is there a {} in the image?\nAnswer the question using a single word or phrase."
+QUESTION = "Is there a {} in the image?" + SHORT_ANSWER
 THINGS = ("cat", "dining table", "traffic light", "person", "cup of coffee", "tree", "red bus", "pair of skis")
 
 

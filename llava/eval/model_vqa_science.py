@@ -16,7 +16,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval import vqa
 from llava.eval.files import as_row, read_json
 from llava.eval.tasks.base import BadEvalData
-from llava.eval.tasks.scienceqa import LETTER, ScienceQa
+from llava.eval.tasks.scienceqa import LETTER_ANSWER, ScienceQa
 
 MAX_NEW_TOKENS = 1024
 
@@ -38,7 +38,7 @@ def read_questions(path: Path, single_pred_prompt: bool) -> list[vqa.VqaRow]:
         if not turns or not isinstance(turns[0], dict) or not isinstance(turns[0].get("value"), str):
             raise BadEvalData(f"{row.where}: 'conversations' must begin with a turn that has a 'value'")
         text = turns[0]["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
-        text += LETTER if single_pred_prompt else ""
+        text += LETTER_ANSWER if single_pred_prompt else ""
         image = row.get("image", str) if "image" in row.data else None
         prompt = f"{DEFAULT_IMAGE_TOKEN}\n{text}" if image else text
         rows.append(vqa.VqaRow(row.get("id", str, int), text, prompt, image))

@@ -14,6 +14,10 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+# What LLaVA's prompts end with. Benchmarks are sensitive to every character of them.
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
+
 
 class BadEvalData(ValueError):
     """A file of a benchmark is missing or wrong; the message names file, row and field, and says what to do."""

@@ -12,9 +12,8 @@ from typing import Any
 
 from llava.eval.files import Row, as_row, read_json, read_json_lines
 from llava.eval.tasks import TASKS
-from llava.eval.tasks.base import Answer, BadEvalData, Needed, Question, Score, Task, join_answers
+from llava.eval.tasks.base import SHORT_ANSWER, Answer, BadEvalData, Needed, Question, Score, Task, join_answers
 
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 ANNOTATIONS = "testdev_balanced_questions.json"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from llava.eval.files import Row, read_json_lines
 from llava.eval.tasks import TASKS
-from llava.eval.tasks.base import Answer, BadEvalData, Needed, Question, Score, Task, join_answers
+from llava.eval.tasks.base import SHORT_ANSWER, Answer, BadEvalData, Needed, Question, Score, Task, join_answers
 
 RELEASE = "MME_Benchmark_release_version"
 QUESTION_FILE = "llava_mme.jsonl"
@@ -35,7 +35,6 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 CATEGORIES = PERCEPTION + COGNITION
 
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 _REQUEST = re.compile(r"\s*Please answer yes or no\.?")
 
 

@@ -14,9 +14,8 @@ from typing import Any
 
 from llava.eval.files import read_json_lines
 from llava.eval.tasks import TASKS
-from llava.eval.tasks.base import Answer, BadEvalData, Needed, Question, Score, Task, join_answers
+from llava.eval.tasks.base import SHORT_ANSWER, Answer, BadEvalData, Needed, Question, Score, Task, join_answers
 
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 COMMIT = "e3e39262c85a6a83f26cf5094022a782cb0df58d"
 QUESTION_FILE = "llava_pope_test.jsonl"
 

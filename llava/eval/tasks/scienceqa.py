@@ -16,9 +16,8 @@ from PIL import Image
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval.files import Row, as_row, read_json
 from llava.eval.tasks import TASKS
-from llava.eval.tasks.base import Answer, BadEvalData, Needed, Question, Score, Task, join_answers
+from llava.eval.tasks.base import LETTER_ANSWER, Answer, BadEvalData, Needed, Question, Score, Task, join_answers
 
-LETTER = "\nAnswer with the option's letter from the given choices directly."
 OPTIONS = ("A", "B", "C", "D", "E")
 FAILED = "FAILED"
 SOURCE = "data/scienceqa of https://github.com/lupantech/ScienceQA"
@@ -187,7 +186,7 @@ class ScienceQa(Task):
         turns = row.get("conversations", list)
         text = as_row(turns[0] if turns else None, f"{row.where}, conversations[0]").get("value", str)
         visuals = (self.image_folder(root) / row.get("image", str),) if "image" in row.data else ()
-        return Question(key, key, text.replace(DEFAULT_IMAGE_TOKEN, "").strip() + LETTER, visuals)
+        return Question(key, key, text.replace(DEFAULT_IMAGE_TOKEN, "").strip() + LETTER_ANSWER, visuals)
 
     def score(self, root: Path, answers: Sequence[Answer]) -> Score:
         problems = read_problems(self.home(root))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava.eval.files import Row, as_row, read_json, read_json_lines, short
 from llava.eval.tasks import TASKS
-from llava.eval.tasks.base import Answer, BadEvalData, Needed, Question, Score, Task, join_answers
+from llava.eval.tasks.base import LETTER_ANSWER, Answer, BadEvalData, Needed, Question, Score, Task, join_answers
 
 ANNOTATIONS = "SEED-Bench.json"
 QUESTION_FILE = "llava-seed-bench.jsonl"
@@ -21,7 +21,6 @@ SOURCE = "https://huggingface.co/datasets/AILab-CVC/SEED-Bench (v1)"
 
 LETTERS = ("A", "B", "C", "D")
 DATA_TYPES = ("image", "video")
-LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
 _REVISION = "SEED-Bench.json was revised; LLaVA's questions belong to its first version (see the dataset's history)"
 
 

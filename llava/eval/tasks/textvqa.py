@@ -15,9 +15,8 @@ from typing import ClassVar
 from llava.eval.files import Row, as_row, read_json, read_json_lines, short
 from llava.eval.m4c_evaluator import ANNOTATORS, soft_score
 from llava.eval.tasks import TASKS
-from llava.eval.tasks.base import Answer, BadEvalData, Needed, Question, Score, Task, join_answers
+from llava.eval.tasks.base import SHORT_ANSWER, Answer, BadEvalData, Needed, Question, Score, Task, join_answers
 
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 OCR_LINE = "Reference OCR token: "
 PAGE = "https://textvqa.org/dataset"
 _FIRST_LAYOUT = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
