@@ -15,8 +15,8 @@ from PIL import Image
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval import vqa
 from llava.eval.files import as_row, read_json
-from llava.eval.tasks.base import BadEvalData
-from llava.eval.tasks.scienceqa import LETTER_ANSWER, ScienceQa
+from llava.eval.tasks.base import LETTER_ANSWER, BadEvalData
+from llava.eval.tasks.scienceqa import ScienceQa
 
 MAX_NEW_TOKENS = 1024
 
