@@ -163,7 +163,7 @@ class DuetConfig:
             ValueError: more tokens are asked for than there are patches, or the schedule does not fit the depth.
         """
         self.for_depth(num_layers)
-        if self.stage1 == "none":
+        if self.stage1 == "none" or self.adaptive:
             return
         available = patches + int(class_token and self.counts_class_token)
         if self.entering > available:
@@ -177,9 +177,19 @@ class DuetConfig:
         """Whether the class token is forwarded as one of the dominant tokens (the released code and VisionZip do)."""
         return self.stage1 == "visionzip" or (self.stage1 == "local_cluster" and self.variant == "release")
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether stage 1 finds the number of tokens image by image; ``entering`` then says nothing."""
+        from duet.stage1 import VISION_REDUCERS
+
+        return self.stage1 != "none" and getattr(VISION_REDUCERS.get(self.stage1), "adaptive", False)
+
     def entering_tokens(self, patches: int) -> int:
-        """Return the visual tokens that enter the language model per tower pass of ``patches`` patches."""
-        return patches if self.stage1 == "none" else self.entering
+        """Return the visual tokens that enter the language model per tower pass of ``patches`` patches.
+
+        For an adaptive method this is the most that may enter; what did is in the trace.
+        """
+        return patches if self.stage1 == "none" or self.adaptive else self.entering
 
     def tokens_per_layer(self, patches: int, num_layers: int) -> list[int]:
         """Return the visual tokens that each decoder layer sees for one image."""

@@ -86,21 +86,13 @@ class Trace:
         Images that cannot be told apart (tiles that were merged, say) are left without entries for the decoder.
         """
         images, self._claimed = self.images[self._claimed :], len(self.images)
+        images = [image for image in images if image.source]
         counts = visual_BL.sum(1).tolist() if images else []
-        surplus = sum(len(image.source) for image in images) - sum(counts)
-        placeholders = bool(surplus) and surplus == counts.count(0) * len(images[0].source)
-        if surplus and not placeholders:
-            return []
-        placed, start, waiting = [], 0, iter(images)
-        for count in counts:
-            if count == 0 and placeholders:
-                next(waiting)
-            end = start + count
-            while start < end:
-                image = next(waiting)
-                placed.append((image, start))
-                start += len(image.source)
-        return placed
+        for placeholders in (0, 1):
+            placed = _deal(images, counts, placeholders)
+            if placed is not None:
+                return placed
+        return []
 
     def average_tokens(self) -> float:
         """Return the visual tokens per layer, averaged over layers and over the samples that had an image.
@@ -121,6 +113,22 @@ class Trace:
         if segments[0].visual[row] == 0:
             return None
         return sum(s.visual[row] * (s.stop - s.start) for s in segments) / segments[-1].stop
+
+
+def _deal(images: list[ImageRecord], counts: list[int], placeholders: int) -> list[tuple[ImageRecord, int]] | None:
+    """Deal images out to rows with so many visual positions; None where their tokens do not fill the rows exactly.
+
+    A row without visual positions takes ``placeholders`` images, which have no position.
+    """
+    placed, number, start, end = [], 0, 0, 0
+    for count in counts:
+        number += 0 if count else placeholders
+        end += count
+        while start < end and number < len(images):
+            placed.append((images[number], start))
+            start += len(images[number].source)
+            number += 1
+    return placed if start == end and number == len(images) else None
 
 
 _ACTIVE: ContextVar[tuple[Trace, ...]] = ContextVar("duet_trace", default=())
@@ -155,12 +163,12 @@ def record_vision(reduction: VisionReduction) -> None:
     for active in _ACTIVE.get():
         if not active.record_images:
             continue
-        kinds = [KIND_NAMES[k] for k in reduction.kind.tolist()]
-        sources = reduction.source.tolist()
+        kinds = reduction.kind.expand_as(reduction.source)
+        sources, kinds = ([row.tolist() for row in reduction.per_image(values)] for values in (reduction.source, kinds))
         clusters = reduction.members.tolist() or [[] for _ in sources]
-        for source, members in zip(sources, clusters, strict=True):
+        for source, kind, members in zip(sources, kinds, clusters, strict=True):
             groups = [[patch for patch in group if patch >= 0] for group in members]
-            active.images.append(ImageRecord(reduction.grid, source, list(kinds), groups))
+            active.images.append(ImageRecord(reduction.grid, source, [KIND_NAMES[k] for k in kind], groups))
 
 
 def record_pass(segments: list[LayerCount]) -> None:

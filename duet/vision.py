@@ -27,7 +27,8 @@ def encode_vision(
     """Return the features of a CLIP-like tower, reduced as ``config`` says.
 
     The tower stops after the block whose output is used, and every block keeps its attention implementation.
-    Signals belong to that same block (the one before ``hidden_states[select_layer]``).
+    Signals belong to that same block (the one before ``hidden_states[select_layer]``). The result has ``counts`` where
+    the method finds the number of tokens image by image; ``per_image`` cuts the padding off.
 
     Args:
         tower: ``CLIPVisionModel`` or a model with the same parts.
@@ -117,7 +118,7 @@ def _grid(pixel_values: Tensor, body: Any) -> tuple[int, int]:
 
 def _check_budget(config: DuetConfig, patches: int, has_class: bool, depth: int) -> None:
     available = patches + int(has_class and config.counts_class_token)
-    if config.entering > available:
+    if config.entering > available and not config.adaptive:
         raise ValueError(
             f"dominant + contextual = {config.entering}, but this image gives {available} visual tokens; "
             "lower one of them"

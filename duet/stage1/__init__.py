@@ -3,7 +3,8 @@
 A reducer is a callable ``reduce(tower, config) -> VisionReduction`` registered by name with
 ``@VISION_REDUCERS.register("name")``. It hands on ``config.entering`` tokens per image and looks at no other image. One
 with a method ``resize(pixel_values, config, patch_size)`` changes the pictures before the tower sees them; one with a
-method ``encode(blocks, hidden, class_token, grid, config)`` runs the tower's blocks itself.
+method ``encode(blocks, hidden, class_token, grid, config)`` runs the tower's blocks itself. One with an attribute
+``adaptive = True`` finds the number of tokens by itself, image by image, and sets ``VisionReduction.counts``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from duet.registry import Registry
 from duet.signals import TowerSignals
-from duet.tokens import gather_tokens
+from duet.tokens import compaction_index, gather_tokens
 
 if TYPE_CHECKING:
     from duet.config import DuetConfig
@@ -83,9 +84,10 @@ class VisionReduction:
     Attributes:
         tokens: [B, K, D].
         source: [B, K] patch index of each token (for a contextual token its centre), -1 for the class token.
-        kind: [K] one of CLASS_TOKEN, DOMINANT, CONTEXTUAL.
-        members: [B, C, W] patches that each of the last C (contextual) tokens averages, padded with -1.
+        kind: [K] (or [B, K] where images differ) one of CLASS_TOKEN, DOMINANT, CONTEXTUAL.
+        members: [B, C, W] patches that each of an image's last C (contextual) tokens averages, padded with -1.
         grid: (rows, columns) of patches.
+        counts: [B] tokens of each image, which stand in front of padding; None where every image has all K.
     """
 
     tokens: Tensor
@@ -93,6 +95,13 @@ class VisionReduction:
     kind: Tensor
     members: Tensor
     grid: tuple[int, int] = (0, 0)
+    counts: Tensor | None = None
+
+    def per_image(self, values_BKX: Tensor) -> list[Tensor]:
+        """Return each image's rows of a tensor that is laid out as ``tokens``, without padding."""
+        if self.counts is None:
+            return list(values_BKX)
+        return [row[:count] for row, count in zip(values_BKX, self.counts.tolist(), strict=True)]
 
     @classmethod
     def identity(cls, features: Tensor, class_token: bool, grid: tuple[int, int]) -> VisionReduction:
@@ -111,6 +120,19 @@ def keep_patches(tower: TowerOutput, index_BK: Tensor) -> VisionReduction:
     index = index_BK.sort(dim=1).values
     kind = torch.full((index.shape[1],), DOMINANT, device=index.device)
     return VisionReduction(gather_tokens(tower.patches, index), index, kind, index.new_empty(len(index), 0, 0))
+
+
+def keep_marked(tower: TowerOutput, keep_BN: Tensor) -> VisionReduction:
+    """Return the reduction that keeps the marked patches of each image, in raster order; padded tokens are zero.
+
+    Shapes: keep [B, N] bool; K is the largest number of marks of an image.
+    """
+    counts = keep_BN.sum(1)
+    index = compaction_index(keep_BN, int(counts.max()), left_padded=False)
+    real = keep_BN.gather(1, index)
+    tokens = gather_tokens(tower.patches, index) * real.unsqueeze(-1)
+    kind = torch.full((index.shape[1],), DOMINANT, device=index.device)
+    return VisionReduction(tokens, index.where(real, -1), kind, index.new_empty(len(index), 0, 0), counts=counts)
 
 
 def keep_clusters(tokens_BKD: Tensor, belongs_BKN: Tensor) -> VisionReduction:

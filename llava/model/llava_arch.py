@@ -133,21 +133,25 @@ class LlavaMetaForCausalLM(ABC):
             config.validate(patches=tower.num_patches, num_layers=self.config.num_hidden_layers, class_token=True)
         self.config.duet = config.to_dict()
 
-    def encode_images(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor | list[Tensor]:
         """Pictures to language-model tokens: tower, stage 1, projector.
 
         Args:
             images: [B, 3, H, W].
 
         Returns:
-            [B, K, D]; K is every patch when no reduction is set.
+            [B, K, D]; K is every patch when no reduction is set. A list of [K_i, D] where the reduction finds the
+            number of tokens picture by picture.
         """
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
         reduction = self.reduction
         # Without a reduction the call is LLaVA's own, for projects that replace the tower's forward.
         features = tower(images) if reduction is None else tower(images, reduction=reduction, project=projector)
+        ragged = isinstance(features, list)
+        flat = torch.cat(features) if ragged else features
         weight = next(projector.parameters(), None)
-        return projector(features if weight is None else features.to(weight.dtype))
+        projected = projector(flat if weight is None else flat.to(weight.dtype))
+        return list(projected.split([len(one) for one in features])) if ragged else projected
 
     def prepare_inputs_labels_for_multimodal(
         self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
@@ -233,13 +237,18 @@ class LlavaMetaForCausalLM(ABC):
         """One [K, D] per picture, tiles merged."""
         stacks = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
         encoded = self.encode_images(torch.cat(stacks))
-        per_picture = encoded.split([len(stack) for stack in stacks])
+        per_picture = _deal([len(stack) for stack in stacks], encoded)
         merge = getattr(self.config, "mm_patch_merge_type", None) or "flat"
         tiled = any(image.ndim == 4 for image in images)
         if merge == "flat" or not tiled:
-            return [feature.flatten(0, 1) for feature in per_picture]
+            return [f.flatten(0, 1) if isinstance(f, Tensor) else torch.cat(f) for f in per_picture]
         if not merge.startswith("spatial"):
             raise ValueError(f"unknown mm_patch_merge_type {merge!r}; use 'flat', 'spatial' or 'spatial_unpad'")
+        if isinstance(encoded, list):
+            raise ValueError(
+                f"stage 1 gives tiles different numbers of tokens, which do not fill the plane of mm_patch_merge_type="
+                f"{merge!r}; use mm_patch_merge_type='flat'"
+            )
         if image_sizes is None:
             raise ValueError(
                 "image_sizes ((width, height) of every picture) is needed for mm_patch_merge_type='spatial*'"
@@ -303,3 +312,11 @@ class LlavaMetaForCausalLM(ABC):
         model: Any = self
         model.get_input_embeddings().requires_grad_(inputs)
         model.get_output_embeddings().requires_grad_(False)
+
+
+def _deal(tiles: list[int], encoded: Tensor | list[Tensor]) -> list[Any]:
+    """Split what the tiles of a batch gave ([B, K, D], or a list of [K_i, D]) into one part per picture."""
+    if isinstance(encoded, Tensor):
+        return list(encoded.split(tiles))
+    parts = iter(encoded)
+    return [[next(parts) for _ in range(count)] for count in tiles]

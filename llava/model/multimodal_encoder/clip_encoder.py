@@ -148,15 +148,17 @@ class CLIPVisionTower(nn.Module):
             project: the projector that follows, for reducers that compare projected tokens.
 
         Returns:
-            [B, K, D] in the dtype of `images`; without a reduction K is every patch (and the class token).
+            [B, K, D] in the dtype of `images`; without a reduction K is every patch (and the class token). Where the
+            reduction finds the number of tokens picture by picture, a list of [K_i, D].
         """
         trainable = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
             if isinstance(images, list):
-                return [self._encode(image.unsqueeze(0), reduction, project) for image in images]
+                encoded = [self._encode(image.unsqueeze(0), reduction, project) for image in images]
+                return [one if isinstance(one, Tensor) else one[0].unsqueeze(0) for one in encoded]
             return self._encode(images, reduction, project)
 
-    def _encode(self, images: Tensor, reduction, project) -> Tensor:
+    def _encode(self, images: Tensor, reduction, project) -> Tensor | list[Tensor]:
         pixels = images.to(device=self.device, dtype=self.dtype)
         encoded = encode_vision(
             self.vision_tower,
@@ -166,7 +168,8 @@ class CLIPVisionTower(nn.Module):
             config=reduction,
             project=project,
         )
-        return encoded.tokens.to(images.dtype)
+        tokens = encoded.tokens.to(images.dtype)
+        return tokens if encoded.counts is None else encoded.per_image(tokens)
 
     @property
     def dummy_feature(self) -> Tensor:
