@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -24,11 +27,13 @@ class Handle:
         model: the instance that was changed.
         config: what is in force, with the schedule in the model's own layers.
         facts: sizes of the model.
+        family: how DUET enters this kind of model.
     """
 
     model: Any
     config: DuetConfig
     facts: families.ModelFacts
+    family: families.Family = field(repr=False)
     _host_class: type = field(repr=False)
     _stored_config: Any = field(default=_MISSING, repr=False)
     _hooked_forward: Any = field(default=_MISSING, repr=False)
@@ -81,7 +86,7 @@ def attach(model: nn.Module, config: DuetConfig | None = None) -> Handle:
         )
     facts = family.facts(model)
     config.validate(facts.patches, facts.num_layers, facts.class_token)
-    handle = Handle(model, config.for_depth(facts.num_layers), facts, type(model))
+    handle = Handle(model, config.for_depth(facts.num_layers), facts, family, type(model))
     handle._stored_config = vars(model.config).get(CONFIG_KEY, _MISSING)
     setattr(model.config, CONFIG_KEY, config.to_dict())
     model._duet = handle  # type: ignore[assignment]
@@ -127,8 +132,33 @@ def _unwrap(model: nn.Module) -> Any:
 def _insert_mixin(model: nn.Module, mixin: type, handle: Handle) -> None:
     """Give the instance a class that puts ``mixin`` before its own; the host's name stays for saved configurations."""
     host = type(model)
-    model.__class__ = type(host.__name__, (mixin, host), {"__module__": host.__module__, "__doc__": mixin.__doc__})
+    namespace = {"__module__": host.__module__, "__doc__": mixin.__doc__}
+    namespace["forward"] = _with_signature_of(host.forward, mixin.forward)  # type: ignore[attr-defined]
+    model.__class__ = type(host.__name__, (mixin, host), namespace)
     if "_old_forward" in vars(model):
         # accelerate's device_map hooks keep the host's bound forward here and call it after moving the inputs
         handle._hooked_forward = vars(model)["_old_forward"]
         model.__dict__["_old_forward"] = MethodType(type(model).forward, model)  # type: ignore[attr-defined]
+
+
+def _with_signature_of(host_forward: Callable, reduced_forward: Callable) -> Callable:
+    """Return ``reduced_forward`` with the host's parameters and order, and its own further ones.
+
+    ``generate`` and ``Trainer`` read from the signature which inputs a model takes. Features that ``generate`` would
+    compute before the prefill are left out, because they are unreduced.
+    """
+    host = {name: p for name, p in inspect.signature(host_forward).parameters.items() if name != "mm_encoder_outputs"}
+    positional = [name for name, p in host.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
+    own = {
+        name: p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, p in inspect.signature(reduced_forward).parameters.items()
+        if name not in host and p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    }
+
+    @wraps(reduced_forward)
+    def forward(self, *args, **kwargs):
+        return reduced_forward(self, **dict(zip(positional, args, strict=False)), **kwargs)
+
+    parameters = sorted((host | own).values(), key=lambda parameter: parameter.kind)
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return forward

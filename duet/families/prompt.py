@@ -1,0 +1,192 @@
+"""A batch of prompts, whose placeholders shrink to the tokens that stage 1 made. Shared by all families.
+
+Shapes: B batch, L sequence as the processor made it (one placeholder per unreduced token), I images (or videos) of one
+kind over the whole batch in the order in which their placeholders stand, K tokens of one image, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duet.tokens import IGNORE_INDEX, compaction_index, gather_tokens, is_left_padded
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What enters the decoder.
+
+    Attributes:
+        inputs_embeds: [B, L, D].
+        attention_mask: [B, L], or None when nothing is padding.
+        position_ids: [B, L], or [A, B, L] for multi-axis positions; None numbers the tokens of each sample from 0.
+        visual_mask: [B, L] bool, the positions that hold visual tokens; None before they are inserted.
+        labels: [B, L] or None.
+        answer_mask: [B, L] bool, positions that must not rank; None where labels say so.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    visual_mask: Tensor | None = None
+    labels: Tensor | None = None
+    answer_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The visual tokens of all images of one kind, one image after the other.
+
+    Attributes:
+        tokens: [sum of K, D].
+        counts: K of each image.
+        offsets: [sum of K] which of its image's placeholders each token takes, ascending within an image; None takes
+            the first ones. It matters only where positions were given for the placeholders.
+        extra: what a family wants to hand on to the decoder besides.
+    """
+
+    tokens: Tensor
+    counts: list[int]
+    offsets: Tensor | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def join(cls, images: Sequence[Tensor], **extra: Any) -> Encoded:
+        """Return images with K tokens each, [K, D], one after the other."""
+        return cls(torch.cat(list(images)), [len(tokens) for tokens in images], extra=extra)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images (or the videos) of a batch, before they are encoded.
+
+    Attributes:
+        kind: ``"image"`` or ``"video"``.
+        token_id: the placeholder in the prompt.
+        expected: placeholders of each image.
+        rows: the inputs that hold these images -> how many leading rows of the tensor each image has; None means one.
+        encode: runs the vision tower, stage 1 and the projector.
+    """
+
+    kind: str
+    token_id: int
+    expected: list[int]
+    rows: Mapping[str, Sequence[int] | None]
+    encode: Callable[[], Encoded]
+
+
+def placeholders(model: Any, ids_or_embeds: Tensor, token_id: int) -> Tensor:
+    """Return where placeholders stand, [B, L] bool."""
+    if ids_or_embeds.dim() == 2:
+        return ids_or_embeds == token_id
+    wanted = model.get_input_embeddings()(torch.tensor(token_id, device=ids_or_embeds.device))
+    return (ids_or_embeds == wanted).all(-1)
+
+
+def owners(marks: Tensor, pictures: Pictures) -> list[int]:
+    """Return the sample that each image belongs to. Shapes: marks [B, L]; returns I numbers.
+
+    Raises:
+        ValueError: a sample does not hold all placeholders of its images.
+    """
+    counts = marks.sum(1).tolist()
+    found, image = [], 0
+    for row, count in enumerate(counts):
+        while count > 0 and image < len(pictures.expected):
+            count -= pictures.expected[image]
+            found.append(row)
+            image += 1
+        if count != 0:
+            break
+    else:
+        if image == len(pictures.expected):
+            return found
+    sizes = sorted(set(pictures.expected))
+    needs = f"{sizes[0]} of them" if len(sizes) == 1 else f"{_listed(pictures.expected)} of them, in that order, each"
+    raise ValueError(
+        f"{len(pictures.expected)} {pictures.kind}(s) were given, but the samples hold {_listed(counts)} "
+        f"{pictures.kind} placeholder tokens; every {pictures.kind} needs {needs} in one sample (the processor writes "
+        "them), before DUET shrinks them"
+    )
+
+
+def insert(prompt: Prompt, kinds: Sequence[tuple[Pictures, Tensor, Encoded]], prompt_length: int | None) -> Prompt:
+    """Shrink the placeholders of every image to its tokens, everything else in lockstep, and fill the tokens in.
+
+    Args:
+        prompt: as the processor made it.
+        kinds: per kind of picture: what was expected, the marks [B, L] of its placeholders, and its tokens.
+        prompt_length: positions from this one on are answers and never rank; None where labels say so.
+
+    Raises:
+        ValueError: more tokens than placeholders.
+    """
+    batch, length, _ = prompt.inputs_embeds.shape
+    device = prompt.inputs_embeds.device
+    if prompt_length is not None and prompt_length < length:
+        answers = (torch.arange(length, device=device) >= prompt_length).expand(batch, -1)
+        prompt = replace(prompt, answer_mask=answers)
+    marks = [mark for _, mark, _ in kinds]
+    if any(encoded.counts != pictures.expected for pictures, _, encoded in kinds):
+        kept = [_kept(pictures, mark, encoded) for pictures, mark, encoded in kinds]
+        prompt, marks = _shrink(prompt, marks, kept)
+    embeds = prompt.inputs_embeds
+    for mark, (_, _, encoded) in zip(marks, kinds, strict=True):
+        embeds = embeds.masked_scatter(mark.unsqueeze(-1), encoded.tokens.to(embeds.device, embeds.dtype))
+    return replace(prompt, inputs_embeds=embeds, visual_mask=torch.stack(marks).any(0))
+
+
+def _kept(pictures: Pictures, marks: Tensor, encoded: Encoded) -> Tensor:
+    """Mark the placeholders that stay, as many of every image as it has tokens. Shapes: [B, L] -> [B, L]."""
+    for count, expected in zip(encoded.counts, pictures.expected, strict=True):
+        if count > expected:
+            raise ValueError(
+                f"stage 1 gives {count} tokens per {pictures.kind}, but a prompt has only {expected} placeholders for "
+                "each; lower dominant or contextual"
+            )
+    total = sum(encoded.counts)
+    starts = [0, *accumulate(pictures.expected)][:-1]
+    if encoded.offsets is None:  # the first placeholders of each image
+        before = [0, *accumulate(encoded.counts)][:-1]
+        starts = [start - skipped for start, skipped in zip(starts, before, strict=True)]
+        offsets = torch.arange(total, device=marks.device)
+    else:
+        offsets = encoded.offsets.to(marks.device)
+    counts = torch.tensor(encoded.counts, device=marks.device)
+    first = torch.tensor(starts, device=marks.device).repeat_interleave(counts, output_size=total)
+    keep = torch.zeros(sum(pictures.expected), dtype=torch.bool, device=marks.device)
+    keep[first + offsets] = True
+    return torch.zeros_like(marks).masked_scatter(marks, keep)
+
+
+def _shrink(prompt: Prompt, marks: list[Tensor], kept: list[Tensor]) -> tuple[Prompt, list[Tensor]]:
+    """Drop the placeholders that are not kept and close the gaps."""
+    mask = prompt.attention_mask
+    valid = torch.ones_like(marks[0]) if mask is None else mask.bool()
+    keep = (~torch.stack(marks).any(0) | torch.stack(kept).any(0)) & valid
+    left = is_left_padded(None if mask is None else valid)
+    index = compaction_index(keep, int(keep.sum(1).max()), left)
+    new_valid = keep.gather(1, index)
+    labels = None if prompt.labels is None else prompt.labels.gather(1, index).masked_fill(~new_valid, IGNORE_INDEX)
+    answers = None if prompt.answer_mask is None else prompt.answer_mask.gather(1, index) & new_valid
+    positions = prompt.position_ids
+    if positions is not None:  # one axis counts tokens, so it starts again; several axes say where a token is
+        positions = None if positions.dim() == 2 else positions.gather(2, index.expand(len(positions), -1, -1))
+    shrunk = Prompt(
+        inputs_embeds=gather_tokens(prompt.inputs_embeds, index),
+        attention_mask=new_valid,
+        position_ids=positions,
+        labels=labels,
+        answer_mask=answers,
+    )
+    return shrunk, [mark.gather(1, index) & new_valid for mark in kept]
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return f"[{shown}{', ...' if len(numbers) > 8 else ''}]"

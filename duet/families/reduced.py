@@ -1,0 +1,211 @@
+"""What stands in front of a Hugging Face model while DUET is attached. Shared by all families.
+
+A family says how many placeholders every image has and how pixels become tokens (``HostFamily.pictures``); the rest
+is here. Shapes: B batch, L sequence, D width, I images.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from duet.decoder import DecoderOutput, run_decoder
+from duet.families import Family
+from duet.families.prompt import Encoded, Pictures, Prompt, insert, owners, placeholders
+
+
+class ReducedModel:
+    """Stands in front of a ``...ForConditionalGeneration`` class while DUET is attached.
+
+    Modifications:
+        forward: the vision tower stops early and is reduced (stage 1), placeholders shrink to match, the decoder drops
+            visual tokens between layers (stage 2), labels shrink in lockstep. Logits have the reduced length.
+        generate: remembers the prompt length, so that generated tokens never rank, with or without a cache; beams of a
+            sample with several images keep them in order.
+    """
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any):
+        """Generate as the host class does; the prompt alone decides which visual tokens stay."""
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if ids is not None and kwargs.get("past_key_values") is None:
+            kwargs.setdefault("prompt_length", ids.shape[1])
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ):
+        expanded: dict[str, Tensor] = {}
+        if expand_size > 1:
+            ids_or_embeds = kwargs["inputs_embeds"] if input_ids is None else input_ids
+            expanded = _repeat_pictures(self, ids_or_embeds, kwargs, expand_size)
+        rest = {name: value for name, value in kwargs.items() if name not in expanded}
+        ids, rest = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **rest
+        )
+        return ids, rest | expanded
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        use_cache: bool | None = None,
+        prompt_length: int | None = None,
+        query_indices: Tensor | None = None,
+        return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ):
+        """Run the reduced model.
+
+        Args beyond the host's:
+            prompt_length: positions of ``input_ids`` from this one on are answers and never rank.
+            query_indices: [B, R] positions (after stage 1) of the rows that rank, padded with -1.
+
+        Raises:
+            ValueError: the placeholders of a sample do not match the images, or an option cannot work reduced.
+        """
+        model: Any = self
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if kwargs.pop("mm_encoder_outputs", None):
+            raise ValueError("mm_encoder_outputs holds unreduced features; pass pixels instead while DUET is attached")
+        family, config = model._duet.family, model._duet.config
+        inputs = {name: kwargs.pop(name) for name in family.inputs if name in kwargs}
+        embeds = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        prompt = Prompt(embeds, attention_mask, position_ids, labels=labels)
+        ids_or_embeds = embeds if input_ids is None else input_ids
+        prompt, encoded = _read_pictures(model, prompt, ids_or_embeds, inputs, past_key_values, prompt_length)
+        decoder = family.decoder(model)
+        if use_cache is None:
+            use_cache = bool(decoder.config.use_cache) and not _checkpoints(decoder)
+        out = run_decoder(
+            decoder,
+            prompt.inputs_embeds,
+            attention_mask=prompt.attention_mask,
+            position_ids=prompt.position_ids,
+            visual_mask=prompt.visual_mask,
+            labels=prompt.labels,
+            answer_mask=prompt.answer_mask,
+            query_indices=query_indices,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            config=config,
+            fed_length=embeds.shape[1],
+            output_hidden_states=bool(output_hidden_states),
+            **family.decoder_arguments(encoded),
+            **{key: kwargs.pop(key) for key in ("output_attentions",) if key in kwargs},
+        )
+        result = _output(model, out, encoded, logits_to_keep, kwargs)
+        return result.to_tuple() if return_dict is False else result
+
+
+class HostFamily(Family):
+    """A family whose model class is transformers' own.
+
+    Attributes:
+        host: the model class, head included.
+        output: what its forward returns.
+        inputs: the arguments of its forward that belong to pictures.
+    """
+
+    mixin = ReducedModel
+    host: ClassVar[type]
+    output: ClassVar[type]
+    inputs: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def pictures(self, model: Any, inputs: Mapping[str, Any]) -> list[Pictures]:
+        """Return the images and the videos of a batch, one entry per kind that ``inputs`` holds."""
+
+    def decoder(self, model: Any) -> Any:
+        """Return the language model without its head."""
+        return model.model.language_model
+
+    def positions(self, model: Any, ids_or_embeds: Tensor, prompt: Prompt, inputs: Mapping[str, Any], cache: Any):
+        """Return the rotary positions of the unreduced prompt; multi-axis families compute theirs here."""
+        del model, ids_or_embeds, inputs, cache
+        return prompt.position_ids
+
+    def decoder_arguments(self, encoded: Mapping[str, Encoded]) -> dict[str, Any]:
+        """Return further arguments of ``run_decoder``."""
+        del encoded
+        return {}
+
+    def check(self, model: nn.Module) -> None:
+        """Accept the host class and its subclasses only."""
+        if not isinstance(model, self.host):
+            raise ValueError(
+                f"{type(model).__name__} has model_type {model.config.model_type!r} but is no {self.host.__name__}; "  # type: ignore[union-attr]
+                "attach to the full model, head included"
+            )
+
+
+def _read_pictures(
+    model: Any, prompt: Prompt, ids_or_embeds: Tensor, inputs: dict, cache: Any, prompt_length: int | None
+) -> tuple[Prompt, dict[str, Encoded]]:
+    """Encode the images of a batch and put their tokens in the place of their placeholders."""
+    family = model._duet.family
+    prompt = replace(prompt, position_ids=family.positions(model, ids_or_embeds, prompt, inputs, cache))
+    kinds = []
+    for pictures in family.pictures(model, inputs):
+        marks = placeholders(model, ids_or_embeds, pictures.token_id)
+        owners(marks, pictures)
+        kinds.append((pictures, marks, pictures.encode()))
+    if kinds:
+        prompt = insert(prompt, kinds, prompt_length)
+    return prompt, {pictures.kind: encoded for pictures, _, encoded in kinds}
+
+
+def _repeat_pictures(model: Any, ids_or_embeds: Tensor, inputs: Mapping[str, Any], times: int) -> dict[str, Tensor]:
+    """Repeat the pictures of each sample as a group, as beams and sampled sequences of that sample need them."""
+    family = model._duet.family
+    given = {name: inputs[name] for name in family.inputs if inputs.get(name) is not None}
+    repeated = {}
+    for pictures in family.pictures(model, given):
+        owner = torch.tensor(owners(placeholders(model, ids_or_embeds, pictures.token_id), pictures))
+        for name, rows in pictures.rows.items():
+            if name not in given:
+                continue
+            row_owner = owner if rows is None else owner.repeat_interleave(torch.tensor(rows))
+            value = given[name]
+            row_owner = row_owner.to(value.device)
+            groups = [value[row_owner == sample] for sample in row_owner.unique()]
+            repeated[name] = torch.cat([g.repeat(times, *[1] * (g.dim() - 1)) for g in groups])
+    return repeated
+
+
+def _output(
+    model: Any, out: DecoderOutput, encoded: Mapping[str, Encoded], logits_to_keep: int | Tensor, kwargs: dict
+) -> Any:
+    hidden = out.last_hidden_state
+    keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    logits = model.lm_head(hidden[:, keep, :])
+    loss = None
+    if out.labels is not None:
+        loss = model.loss_function(
+            logits=logits, labels=out.labels, vocab_size=model.config.text_config.vocab_size, **kwargs
+        )
+    kind = model._duet.family.output
+    known = {entry.name for entry in fields(kind)}
+    seen = {f"{name}_hidden_states": entry.tokens for name, entry in encoded.items()}
+    return kind(
+        loss=loss,
+        logits=logits,
+        past_key_values=out.past_key_values,
+        hidden_states=out.hidden_states,
+        **{name: tokens for name, tokens in seen.items() if name in known},
+    )
+
+
+def _checkpoints(decoder: Any) -> bool:
+    return decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers)
