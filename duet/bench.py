@@ -123,12 +123,16 @@ class Case:
 
 @dataclass
 class Row:
-    """What was measured and predicted for one configuration of one case."""
+    """What was measured and predicted for one configuration of one case.
+
+    ``flops`` counts what a causal kernel computes, ``flops_square`` bills attention as the full square.
+    """
 
     name: str
     tokens_entering: int
     tokens_average: float
     flops: dict[str, float]
+    flops_square: dict[str, float]
     seconds: list[dict[str, float]] = field(default_factory=list)
     memory: PeakMemory | None = None
 
@@ -145,11 +149,14 @@ class Row:
 LANGUAGE = ("decoder", "stage2", "head", "backward")
 
 
-def predicted_flops(shape: Shape, case: Case, config: DuetConfig | None, untouched: bool = False) -> dict[str, float]:
+def predicted_flops(
+    shape: Shape, case: Case, config: DuetConfig | None, untouched: bool = False, causal: bool = False
+) -> dict[str, float]:
     """FLOPs of the vision part and of the language part (multiply and add count as two).
 
     In a training step the tower runs forward only, the projector costs 2.5 times its forward (nothing asks for the
-    gradient of the features) and the language model three times. Attention is billed as the full square.
+    gradient of the features) and the language model three times. The decoder's attention is billed as the full square,
+    or with ``causal`` as the triangle that is computed.
     """
     config = config or DuetConfig.none()
     layers = shape.tower_layers - (0 if untouched else 1)
@@ -169,7 +176,7 @@ def predicted_flops(shape: Shape, case: Case, config: DuetConfig | None, untouch
     positions = [case.text + n for n in config.tokens_per_layer(PATCHES, shape.layers)]
     train = case.kind == "train"
     # With labels a Hugging Face model returns the logits of every position that reaches the head.
-    language = decoder.prefill_flops(positions, head_positions=positions[-1] if train else 1)
+    language = decoder.prefill_flops(positions, head_positions=positions[-1] if train else 1, causal=causal)
     scale = case.batch
     return {
         "vision": scale * (tower + projector * (2.5 if train else 1)),
@@ -252,6 +259,7 @@ def run_case(
                 name,
                 used.entering_tokens(PATCHES),
                 used.average_tokens(PATCHES, shape.layers),
+                predicted_flops(shape, case, config, untouched=name == UNTOUCHED, causal=True),
                 predicted_flops(shape, case, config, untouched=name == UNTOUCHED),
             )
         )

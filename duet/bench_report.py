@@ -77,6 +77,7 @@ def derive(case, full, row, sections: Sequence[str], language: Sequence[str]) ->
     out = {
         "language_ratio": paired_ratio(full, row, language),
         "language_predicted": full.flops["language"] / row.flops["language"],
+        "language_predicted_square": full.flops_square["language"] / row.flops_square["language"],
         "whole_ratio": paired_ratio(full, row, whole),
         "whole_predicted": sum(full.flops.values()) / sum(row.flops.values()),
         "step_ratio": paired_ratio(full, row, ["total"]),
@@ -85,6 +86,7 @@ def derive(case, full, row, sections: Sequence[str], language: Sequence[str]) ->
     }
     return out | {
         "language_reached": out["language_ratio"] / out["language_predicted"],
+        "language_reached_square": out["language_ratio"] / out["language_predicted_square"],
         "whole_reached": out["whole_ratio"] / out["whole_predicted"],
     }
 
@@ -105,6 +107,8 @@ def markdown(
         "Times are medians in milliseconds, the total with its smallest and largest value. `transformers` is the model",
         "as the library runs it, `full` all tokens through DUET's loop. Peak memory is what a run needs beyond weights",
         "and optimizer state, from the allocator's events; the resident set's growth is a coarse cross-check.",
+        "Predicted ratios count the arithmetic that is done: causal attention computes a triangle. `square` bills it",
+        "as the full square instead, which is the field's convention and promises more than there is to gain.",
         "",
     ]
     goals: list[str] = []
@@ -138,7 +142,8 @@ def _time_table(case, rows, sections: Sequence[str]) -> list[str]:
 
 
 def _ratio_table(case, full, rows, sections, language) -> list[str]:
-    head = ["full / configuration", "language", "predicted", "reached", "whole", "predicted", "reached"]
+    head = ["full / configuration", "language", "predicted", "reached", "predicted (square)", "reached (square)"]
+    head += ["whole", "predicted", "reached"]
     head += ["with optimizer"] if case.kind == "train" else []
     head += ["decisions / full", "memory / full"]
     table = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
@@ -149,6 +154,8 @@ def _ratio_table(case, full, rows, sections, language) -> list[str]:
             f"{d['language_ratio']:.2f}",
             f"{d['language_predicted']:.2f}",
             f"{d['language_reached']:.1%}",
+            f"{d['language_predicted_square']:.2f}",
+            f"{d['language_reached_square']:.1%}",
         ]
         cells += [f"{d['whole_ratio']:.2f}", f"{d['whole_predicted']:.2f}", f"{d['whole_reached']:.1%}"]
         cells += [f"{d['step_ratio']:.2f}"] if case.kind == "train" else []
@@ -167,7 +174,8 @@ def _goals(case, full, rows, sections, language) -> list[str]:
                 d["language_reached"] >= GOAL_LANGUAGE,
                 case,
                 row,
-                f"language part {d['language_reached']:.1%} of predicted",
+                f"language part {d['language_reached']:.1%} of predicted "
+                f"({d['language_reached_square']:.1%} of square)",
                 "85 %",
             ),
             _goal(d["memory"] <= 1.0, case, row, f"peak memory {d['memory']:.1%} of full", "100 % at most"),

@@ -98,22 +98,23 @@ class DecoderShape:
             vocabulary=int(config.vocab_size),  # type: ignore[attr-defined]
         )
 
-    def layer_flops(self, tokens: int) -> int:
-        """Return the FLOPs of one layer over ``tokens`` positions: projections, causal-free attention, SwiGLU.
+    def layer_flops(self, tokens: int, causal: bool = False) -> int:
+        """Return the FLOPs of one layer over ``tokens`` positions: projections, attention, SwiGLU.
 
         Multiply and add count as two. Attention is billed as the full square, the convention of the field (FastV and
-        its followers count multiply-adds: 4nd^2 + 2n^2d, and 3ndm for a gated MLP).
+        its followers count multiply-adds: 4nd^2 + 2n^2d, and 3ndm for a gated MLP), or with ``causal`` as the triangle
+        that a causal kernel computes.
         """
         query, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         projections = tokens * self.width * (2 * query + 2 * kv)
-        attention = 2 * tokens * tokens * query
+        attention = (tokens * (tokens + 1) if causal else 2 * tokens * tokens) * query
         mlp = 3 * tokens * self.width * self.mlp_width
         return 2 * (projections + attention + mlp)
 
-    def prefill_flops(self, positions_per_layer: Sequence[int], head_positions: int = 1) -> int:
+    def prefill_flops(self, positions_per_layer: Sequence[int], head_positions: int = 1, causal: bool = False) -> int:
         """Return the FLOPs of a prefill whose layer ``l`` sees ``positions_per_layer[l]`` positions (text included)."""
         head = 2 * head_positions * self.width * self.vocabulary
-        return sum(self.layer_flops(n) for n in positions_per_layer) + head
+        return sum(self.layer_flops(n, causal) for n in positions_per_layer) + head
 
     def kv_bytes(self, positions_per_layer: Sequence[int], bytes_per_element: int = 2) -> int:
         """Return the bytes of the KV cache after that prefill."""

@@ -41,6 +41,8 @@ def test_predictions_of_the_mid_size_model():
     n, d, m = 616, 1024, 2752
     by_hand = 16 * 2 * (4 * n * d * d + 2 * n * n * d + 3 * n * d * m) + 2 * d * 32000
     assert bench.predicted_flops(mid, case, None)["language"] == by_hand
+    upper_triangle = 16 * 2 * n * (n - 1) * d
+    assert bench.predicted_flops(mid, case, None, causal=True)["language"] == by_hand - upper_triangle
     reduced = bench.predicted_flops(mid, case, DuetConfig.preset("llava-1.5-7b", tokens=192))
     assert by_hand / reduced["language"] == pytest.approx(2.79, abs=0.01)
 
@@ -80,12 +82,13 @@ def test_goals_are_judged():
         sections = dict.fromkeys(bench.SECTIONS, 0.0) | {"backward": 0.0, "optimizer": 0.0}
         run = sections | {"decoder": seconds, "stage1": 0.05, "total": seconds + 0.05}
         memory = bench.PeakMemory(peak, None)
-        return bench.Row(name, 1, 1.0, {"vision": 1.0, "language": flops}, [run], memory)
+        done, square = {"vision": 1.0, "language": flops}, {"vision": 1.0, "language": flops**1.5}
+        return bench.Row(name, 1, 1.0, done, square, [run], memory)
 
     case = bench.Case("prefill", 1, 40, 0)
     rows = [row("full", 2.0, 2.0, 100), row("duet-1", 1.0, 1.0, 100), row("duet-2", 1.5, 1.0, 101)]
     text = bench_report.markdown([(case, rows)], {}, bench.SECTIONS, bench.LANGUAGE, "full")
-    assert "- met: prefill batch 1, duet-1: language part 100.0% of predicted" in text
+    assert "- met: prefill batch 1, duet-1: language part 100.0% of predicted (70.7% of square)" in text
     assert "- MISSED: prefill batch 1, duet-2: language part 66.7% of predicted" in text
     assert "- MISSED: prefill batch 1, duet-2: peak memory 101.0% of full" in text
     assert "- met: prefill batch 1, duet-1: decisions 2.44% of the prefill" in text
