@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -40,6 +41,7 @@ class DuetConfig:
         depth: the number of decoder layers that ``schedule`` was written for; it is rescaled to the model's depth.
             ``None`` takes the layers literally.
         seed: what choices at random start from, in the methods that make any.
+        options: settings that only the chosen methods know, by name; each has a default (see ``Registry.register``).
 
     Raises:
         ValueError: a field is out of range; the message names it.
@@ -58,6 +60,7 @@ class DuetConfig:
     salient_tokens: int = 5
     depth: int | None = None
     seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", _clean_schedule(self.schedule))
@@ -65,6 +68,7 @@ class DuetConfig:
             object.__setattr__(self, "queries", tuple(self.queries))
         self._check_stage1()
         self._check_stage2()
+        object.__setattr__(self, "options", _clean_options(self.options, self.stage1, self.stage2))
 
     def _check_stage1(self) -> None:
         for name in ("dominant", "contextual"):
@@ -102,6 +106,17 @@ class DuetConfig:
     def entering(self) -> int:
         """``k1 + k2``: visual tokens that stage 1 hands on per tower pass."""
         return self.dominant + self.contextual
+
+    def option(self, name: str) -> Any:
+        """Return one of ``options``, or the default that the chosen methods declare for it.
+
+        Raises:
+            KeyError: neither method declares it.
+        """
+        if name in self.options:
+            return self.options[name]
+        default = declared_options(self.stage1, self.stage2)[name]
+        return default[0] if isinstance(default, tuple) else default
 
     @classmethod
     def none(cls) -> DuetConfig:
@@ -214,6 +229,9 @@ class DuetConfig:
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         out["schedule"] = {str(layer): ratio for layer, ratio in self.schedule.items()}
         out["queries"] = self.queries if isinstance(self.queries, str) else list(self.queries)
+        out["options"] = dict(self.options)
+        if not self.options:  # as it was before there were options, so that digests of settings stay
+            del out["options"]
         return out
 
     @classmethod
@@ -236,6 +254,43 @@ class DuetConfig:
         """Return what a model's configuration carries under ``"duet"``, or None."""
         stored = getattr(config, CONFIG_KEY, None)
         return None if stored is None else cls.from_dict(stored)
+
+
+def declared_options(stage1: str, stage2: str) -> dict[str, Any]:
+    """Return the options that a vision reducer (or ``"none"``) and a language reducer declare, with their defaults."""
+    from duet.stage1 import VISION_REDUCERS
+    from duet.stage2 import LANGUAGE_REDUCERS
+
+    vision = {} if stage1 == "none" else VISION_REDUCERS.options(stage1)
+    return LANGUAGE_REDUCERS.options(stage2) | vision
+
+
+def _clean_options(options: Mapping[str, Any], stage1: str, stage2: str) -> dict[str, Any]:
+    """Return the options in alphabetical order, after checking names and values against what the methods declare."""
+    if not isinstance(options, Mapping):
+        raise ValueError(f"options must map names to values, got {options!r}")
+    known = declared_options(stage1, stage2) if options else {}
+    unknown = sorted(str(name) for name in set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"unknown option(s) {', '.join(unknown)} for stage1={stage1!r} and stage2={stage2!r}; "
+            f"known: {', '.join(sorted(known)) or 'none'}"
+        )
+    return {name: _clean_option(name, options[name], known[name]) for name in sorted(options)}
+
+
+def _clean_option(name: str, value: Any, default: Any) -> Any:
+    """Return the value if it is of the default's type, or one of its choices."""
+    if isinstance(default, tuple):
+        _check_choice(f"option {name}", value, default)
+        return value
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default) or value in (math.inf, -math.inf) or value != value:
+        raise ValueError(
+            f"option {name} must be of type {type(default).__name__}, as its default {default!r}, got {value!r}"
+        )
+    return value
 
 
 def _check_count(name: str, value: object, least: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 _NAME = re.compile(r"^[a-z][a-z0-9_.-]*$")
@@ -24,10 +24,16 @@ class Registry(Generic[T]):
         self.kind = kind
         self._package = package
         self._entries: dict[str, T] = {}
+        self._options: dict[str, dict[str, Any]] = {}
         self._discovered = False
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str, options: Mapping[str, Any] | None = None) -> Callable[[T], T]:
         """Return a decorator that stores its argument under ``name``.
+
+        Args:
+            name: lower case; words are joined by ``_``, ``-`` or ``.``.
+            options: settings that only this entry knows (``DuetConfig.options``), each with its default: a number, a
+                boolean, a string, or a tuple of strings of which the first is the default and the others may be chosen.
 
         Raises:
             ValueError: the name is malformed or already taken.
@@ -39,6 +45,7 @@ class Registry(Generic[T]):
             if name in self._entries and self._entries[name] is not entry:
                 raise ValueError(f"{self.kind} {name!r} is already registered by {self._entries[name]!r}")
             self._entries[name] = entry
+            self._options[name] = dict(options or {})
             return entry
 
         return add
@@ -53,6 +60,15 @@ class Registry(Generic[T]):
         if name not in self._entries:
             raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self.names())}")
         return self._entries[name]
+
+    def options(self, name: str) -> dict[str, Any]:
+        """Return the options that the entry called ``name`` declares, as ``register`` got them.
+
+        Raises:
+            ValueError: there is no such entry.
+        """
+        self.get(name)
+        return dict(self._options[name])
 
     def names(self) -> list[str]:
         """Return all registered names in alphabetical order."""

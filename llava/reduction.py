@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from duet import DuetConfig
+from duet.config import declared_options
 
 _PRESET = "llava-1.5-7b"
 # The default schedule is the paper's, written for 32 layers; other depths scale it.
@@ -41,6 +42,7 @@ class ReductionArguments:
     stage2: str | None = _flag("language reducer, by name; it acts at --layer_list")
     reduce: str | None = _flag("both by name, as VISION+LANGUAGE, e.g. visionzip+fastv")
     reduction_seed: int | None = _flag("what random methods start from")
+    reduction_options: str | None = _flag("settings that only the chosen methods know, as name=value,name=value")
     use_salient_tokens: bool | None = _flag(
         "released spelling of --queries salient", ["--compute_salient_tokens"], nargs="?", const=True
     )
@@ -76,7 +78,7 @@ class ReductionArguments:
         if tokens is not None:
             return DuetConfig.preset(_PRESET, tokens=tokens, **overrides)
         base = DuetConfig(depth=_PAPER_DEPTH) if default is None else default
-        return replace(base, **overrides)
+        return replace(base, **(overrides | {"options": _merged_options(base, overrides)}))
 
     def _overrides(self, given: dict[str, Any]) -> dict[str, Any]:
         names = ("dominant", "contextual", "cluster_width", "positions", "variant", "stage1", "stage2")
@@ -91,6 +93,8 @@ class ReductionArguments:
             if overrides.get("queries", "salient") != "salient":
                 raise ValueError(f"--use_salient_tokens contradicts --queries {given['queries']}; give one of them")
             overrides["queries"] = "salient"
+        if "reduction_options" in given:
+            overrides["options"] = parse_options(given["reduction_options"])
         schedule = parse_schedule(given.get("layer_list"), given.get("image_token_ratio_list"))
         if schedule is not None:
             overrides |= {"schedule": schedule, "depth": None}
@@ -129,6 +133,40 @@ def parse_pair(text: str, given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"--reduce {text} names both methods; leave --stage1 and --stage2 out")
     vision, language = names
     return {"stage1": vision} | ({"schedule": {}} if language == "none" else {"stage2": language})
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Read `name=value,name=value`; values are numbers, `true` or `false`, or else strings.
+
+    Raises:
+        ValueError: A part has no `=`, or a name comes twice.
+    """
+    options: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not name or not equals:
+            raise ValueError(f"--reduction_options must be name=value,name=value, got {part!r}")
+        if name in options:
+            raise ValueError(f"--reduction_options gives {name} twice")
+        options[name] = _parse_value(value)
+    return options
+
+
+def _parse_value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _merged_options(base: DuetConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's options as far as the methods that are now chosen know them, and those that were given."""
+    known = declared_options(overrides.get("stage1", base.stage1), overrides.get("stage2", base.stage2))
+    return {name: value for name, value in base.options.items() if name in known} | overrides.get("options", {})
 
 
 def parse_list(flag: str, text: Any) -> list:
