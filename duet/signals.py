@@ -24,6 +24,26 @@ def _block_rows(batch: int, heads: int, keys: int, rows: int) -> int:
     return max(1, min(rows, 256, _BLOCK_ELEMENTS // max(1, batch * heads * keys)))
 
 
+def mean_attention(query_BHRd: Tensor, key_BHMd: Tensor) -> Tensor:
+    """Return the attention that each key receives, averaged over heads and queries, in blocks of queries.
+
+    Shapes: scaled queries [B, H, R, d] in fp32, keys [B, H, M, d]; returns [B, M].
+    """
+    keys = key_BHMd.float().transpose(-1, -2)
+    batch, heads, rows, _ = query_BHRd.shape
+    mass = query_BHRd.new_zeros(batch, keys.shape[-1])
+    for block in query_BHRd.split(_block_rows(batch, heads, keys.shape[-1], rows), dim=2):
+        mass += (block @ keys).softmax(-1).sum(dim=(1, 2))
+    return mass / (heads * rows)
+
+
+def attention_rows(query_BHRd: Tensor, key_BHMd: Tensor) -> Tensor:
+    """Return the attention of chosen queries to all keys, averaged over heads. Shapes as above; returns [B, R, M]."""
+    keys = key_BHMd.float().transpose(-1, -2)
+    size = _block_rows(query_BHRd.shape[0], query_BHRd.shape[1], keys.shape[-1], query_BHRd.shape[2])
+    return torch.cat([(block @ keys).softmax(-1).mean(1) for block in query_BHRd.split(size, dim=2)], dim=1)
+
+
 class TowerSignals:
     """Signals of one block of a vision transformer, computed on demand from the block's input.
 
@@ -70,13 +90,8 @@ class TowerSignals:
 
         Shapes: returns [B, N]. Source: DUET-VLM Algorithm 1 line 2 (a sum there; the ranking is the same).
         """
-        keys = self._keys.float().transpose(-1, -2)
-        query = self._queries(self._hidden[:, self._first_patch :])
-        batch, heads, rows, _ = query.shape
-        mass = query.new_zeros(batch, keys.shape[-1])
-        for block in query.split(_block_rows(batch, heads, keys.shape[-1], rows), dim=2):
-            mass += (block @ keys).softmax(-1).sum(dim=(1, 2))
-        return mass[:, self._first_patch :] / (heads * rows)
+        mass = mean_attention(self._queries(self._hidden[:, self._first_patch :]), self._keys)
+        return mass[:, self._first_patch :]
 
     def rows(self, patch_BR: Tensor) -> Tensor:
         """Return the attention rows of chosen patches over all patches, averaged over heads.
@@ -84,11 +99,7 @@ class TowerSignals:
         Shapes: patch indices [B, R]; returns [B, R, N]. Source: Algorithm 1 line 6.
         """
         index = (patch_BR + self._first_patch).unsqueeze(-1).expand(-1, -1, self._hidden.shape[-1])
-        query = self._queries(self._hidden.gather(1, index))
-        keys = self._keys.float().transpose(-1, -2)
-        size = _block_rows(query.shape[0], query.shape[1], keys.shape[-1], query.shape[2])
-        parts = [(block @ keys).softmax(-1).mean(1) for block in query.split(size, dim=2)]
-        return torch.cat(parts, dim=1)[..., self._first_patch :]
+        return attention_rows(self._queries(self._hidden.gather(1, index)), self._keys)[..., self._first_patch :]
 
     def joint_class_row(self) -> Tensor:
         """Return the class token's attention to the patches with all heads taken as one. Shapes: [B, N].
