@@ -8,6 +8,7 @@ Shapes: B batch, L sequence, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +21,9 @@ from duet import tracing
 from duet.budget import kept_tokens
 from duet.cache import CachedSegment, DuetCache
 from duet.config import DuetConfig
-from duet.stage2 import LANGUAGE_REDUCERS, Stage
-from duet.stage2.text_guided import answers_from_labels, query_rows
-from duet.tokens import TokenState, compact_positions, is_left_padded, rank_descending
+from duet.stage2 import LANGUAGE_REDUCERS, Decision, LanguageReducer, Stage, keep_best
+from duet.queries import answers_from_labels, query_rows
+from duet.tokens import TokenState, compact_positions, gather_tokens, is_left_padded, rank_descending
 
 
 @dataclass
@@ -54,11 +55,14 @@ def run_decoder(
     labels: Tensor | None = None,
     answer_mask: Tensor | None = None,
     query_indices: Tensor | None = None,
+    next_position: Tensor | None = None,
+    additions: Sequence[Tensor] = (),
     past_key_values: Cache | None = None,
     use_cache: bool = False,
     config: DuetConfig | None = None,
     fed_length: int | None = None,
     output_hidden_states: bool = False,
+    reducer: LanguageReducer | None = None,
     **layer_kwargs: Any,
 ) -> DecoderOutput:
     """Run a decoder and drop visual tokens after the layers that ``config.schedule`` names.
@@ -68,16 +72,21 @@ def run_decoder(
         inputs_embeds: [B, L, D]; on a decoding step only the new positions.
         attention_mask: [B, L], left or right padding; ignored on a decoding step of a reduced cache, except for its
             last columns when several positions are fed at once.
-        position_ids: [B, L]; None counts the tokens of each sample from 0.
+        position_ids: [B, L], or [A, B, L] for multi-axis rotary positions (a fourth axis in front counts tokens and is
+            for masks only); None counts the tokens of each sample from 0.
         visual_mask: [B, L] bool, positions that came from an image; None means none did.
         labels: [B, L], -100 where nothing is predicted; gathered with the tokens.
         answer_mask: [B, L] bool, positions that must not rank; default: where labels supervise.
         query_indices: [B, R] positions of the rows that rank, padded with -1; overrides ``config.queries``.
+        next_position: [B], the rotary position (on every axis) of the token that follows each sample; None is one
+            after its largest.
+        additions: [B, L, D] each, added to the outputs of the first layers (DeepStack); gathered with the tokens.
         past_key_values: a cache from an earlier call, or an empty one.
         use_cache: fill a cache and return it.
         config: None, or a configuration without stages, is the decoder's own forward to the bit.
         fed_length: the length that the caller counts for this input, if stage 1 shortened it.
         output_hidden_states: also return the input of every layer.
+        reducer: what decides at the stages, in place of the one that ``config.stage2`` names.
         **layer_kwargs: passed to every layer.
 
     Raises:
@@ -94,11 +103,11 @@ def run_decoder(
     if not reduces:
         return _plain(
             decoder, inputs_embeds, attention_mask, position_ids, labels, past_key_values, use_cache,
-            visual_mask, output_hidden_states, layer_kwargs,
+            visual_mask, additions, output_hidden_states, layer_kwargs,
         )  # fmt: skip
     assert config is not None
     cache = _fresh_cache(decoder, past_key_values) if use_cache else None
-    state = _initial_state(inputs_embeds, attention_mask, position_ids, visual_mask, labels)
+    state = _initial_state(inputs_embeds, attention_mask, _rotary_axes(position_ids), visual_mask, labels)
     answers = answers_from_labels(labels) if answer_mask is None else answer_mask
     state = replace(
         state,
@@ -107,7 +116,10 @@ def run_decoder(
     )
     if query_indices is not None:
         config = replace(config, queries="all")
-    pass_ = _ReducedPass(decoder, config.for_depth(len(decoder.layers)), cache, output_hidden_states, layer_kwargs)  # type: ignore[arg-type]
+    pass_ = _ReducedPass(
+        decoder, config.for_depth(len(decoder.layers)), cache, next_position, additions,  # type: ignore[arg-type]
+        output_hidden_states, layer_kwargs,
+    )  # fmt: skip
     state = pass_.run(state)
     if cache is not None:
         cache.fed = inputs_embeds.shape[1] if fed_length is None else fed_length
@@ -115,8 +127,22 @@ def run_decoder(
     return DecoderOutput(hidden, state.labels, state.valid, cache, pass_.all_hidden(hidden))
 
 
+def _rotary_axes(position_ids: Tensor | None) -> Tensor | None:
+    """Return the positions without the axis in front that only counts tokens."""
+    counts = position_ids is not None and position_ids.dim() == 3 and len(position_ids) == 4
+    return position_ids[1:] if counts else position_ids  # type: ignore[index]
+
+
+def _mask_positions(position_ids: Tensor) -> Tensor | None:
+    """Return the positions that tell packed sequences apart, [B, L]; several rotary axes alone do not."""
+    if position_ids.dim() == 2:
+        return position_ids
+    return position_ids[0] if len(position_ids) == 4 else None
+
+
 def _plain(
-    decoder, inputs_embeds, attention_mask, position_ids, labels, cache, use_cache, visual, want_hidden, layer_kwargs
+    decoder, inputs_embeds, attention_mask, position_ids, labels, cache, use_cache, visual, additions, want_hidden,
+    layer_kwargs,
 ) -> DecoderOutput:  # fmt: skip
     """The decoder's own forward, layer by layer: one segment, nothing dropped."""
     if use_cache and cache is None:
@@ -128,8 +154,9 @@ def _plain(
         _record_plain(decoder, inputs_embeds, attention_mask, visual)
     seen_states: list[Tensor] | None = [] if want_hidden else None
     hidden, _ = _run_layers(
-        decoder, inputs_embeds, 0, len(decoder.layers), attention_mask, position_ids, cache, layer_kwargs,
-        use_cache=use_cache, mask_positions=position_ids, seen_states=seen_states,
+        decoder, inputs_embeds, 0, len(decoder.layers), attention_mask, _rotary_axes(position_ids), cache, layer_kwargs,
+        use_cache=use_cache, mask_positions=_mask_positions(position_ids), seen_states=seen_states,
+        additions=additions,
     )  # fmt: skip
     hidden = decoder.norm(hidden)
     states = None if seen_states is None else (*seen_states, hidden)
@@ -147,7 +174,7 @@ def _record_plain(decoder: nn.Module, hidden: Tensor, attention_mask: Tensor | N
 
 def _run_layers(
     decoder, hidden, start, stop, attention_mask, position_ids, cache, layer_kwargs,
-    use_cache=False, mask_positions=None, seen_states=None,
+    use_cache=False, mask_positions=None, seen_states=None, additions=(),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run layers ``start`` to ``stop - 1`` with one mask and one rotary table.
 
@@ -170,6 +197,8 @@ def _run_layers(
             **layer_kwargs,
         )
         hidden = out if isinstance(out, Tensor) else out[0]
+        if index < len(additions):
+            hidden = hidden + additions[index].to(hidden.device, hidden.dtype)
     return hidden, previous
 
 
@@ -252,11 +281,20 @@ class _ReducedPass:
     """One prefill or training forward with drops between segments of layers."""
 
     def __init__(
-        self, decoder: Any, config: DuetConfig, cache: DuetCache | None, want_hidden: bool, layer_kwargs: dict
+        self,
+        decoder: Any,
+        config: DuetConfig,
+        cache: DuetCache | None,
+        next_position: Tensor | None,
+        additions: Sequence[Tensor],
+        want_hidden: bool,
+        layer_kwargs: dict,
     ):
         self._decoder = decoder
         self._config = config
         self._cache = cache
+        self._next = next_position
+        self._additions = additions
         self._kwargs = layer_kwargs
         self._states: list[Tensor] | None = [] if want_hidden else None
         self._depth = len(decoder.layers)
@@ -270,7 +308,8 @@ class _ReducedPass:
     def run(self, state: TokenState) -> TokenState:
         """Run all layers and return the state after the last one."""
         self._multi_axis = state.positions.dim() == 3
-        recorder = tracing.DropRecorder(state.visual)
+        self._entered = state
+        self._recorder = tracing.DropRecorder(state.visual)
         entering, lengths = self._counts(state)
         visual, counts = list(entering), []
         edges = [*self._config.schedule, self._depth]
@@ -280,12 +319,17 @@ class _ReducedPass:
             state = self._segment(state, start, stop)
             if stop == self._depth:
                 break
-            kept = [kept_tokens(n, self._config.schedule[stop]) for n in entering]
-            lengths = [length - before + now for length, before, now in zip(lengths, visual, kept, strict=True)]
-            if kept != visual or self._decoder.training:
-                state = self._drop(state, stop, visual, kept, lengths)
-            visual, start = kept, stop
-            recorder.record(stop, state)
+            ratio, before = self._config.schedule[stop], visual
+            if self._decoder.training or (ratio < 1.0 and any(before)):
+                most = [min(now, kept_tokens(n, ratio)) for now, n in zip(before, entering, strict=True)]
+                decision = self._decide(state, stop, before, most)
+                visual = decision.kept
+                lengths = [length - old + new for length, old, new in zip(lengths, before, visual, strict=True)]
+                if visual != before:
+                    self._recorder.record_merges(stop, state, decision.merged_into)
+                    state = self._drop(state, decision, lengths)
+            start = stop
+            self._recorder.record(stop, state)
         tracing.record_pass(counts)
         return state
 
@@ -299,30 +343,43 @@ class _ReducedPass:
         return visual, total
 
     def _segment(self, state: TokenState, start: int, stop: int) -> TokenState:
+        additions = [gather_tokens(x, state.origin) for x in self._additions] if start < len(self._additions) else ()
         hidden, self._previous = _run_layers(
             self._decoder, state.hidden, start, stop, state.valid, state.positions, self._cache, self._kwargs,
-            use_cache=self._cache is not None, seen_states=self._states,
+            use_cache=self._cache is not None, seen_states=self._states, additions=additions,
         )  # fmt: skip
         if self._cache is not None:
-            self._cache.segments.append(CachedSegment(start, stop, state.valid, _next_position(state)))
+            self._cache.segments.append(CachedSegment(start, stop, state.valid, self._next_position(state)))
         return replace(state, hidden=hidden)
 
-    def _drop(
-        self, state: TokenState, layer: int, before: list[int], kept: list[int], lengths: list[int]
-    ) -> TokenState:
-        tokens = torch.ones_like(state.visual) if state.valid is None else state.valid
-        keep = tokens & ~state.visual
+    def _decide(self, state: TokenState, layer: int, before: list[int], most: list[int]) -> Decision:
+        """Ask the reducer which visual tokens stay; where none may, there is nothing to ask."""
         # Every rank must run the same modules under ZeRO-3, so in training the ranking runs without images, too.
-        if any(kept) or (self._decoder.training and self._config.schedule[layer] > 0):
-            keep = keep | self._best_visual(state, layer, kept)
-        if kept == before:
-            return state
+        if not any(most) and not (self._decoder.training and self._config.schedule[layer] > 0):
+            return Decision(torch.zeros_like(state.visual), most)
+        stage = Stage(self._decoder, layer, state, self._entered, self._previous, before, most)
+        answer = self._reducer(stage, self._config)
+        return answer if isinstance(answer, Decision) else Decision(keep_best(answer, state.visual, most), most)
+
+    def _drop(self, state: TokenState, decision: Decision, lengths: list[int]) -> TokenState:
+        """Gather the state down to what stays, ``lengths[b]`` positions of each sample."""
+        tokens = torch.ones_like(state.visual) if state.valid is None else state.valid
+        if decision.hidden is not None:
+            state = replace(state, hidden=decision.hidden)
         length = max(lengths)
-        state = state.keep(keep, length, padded=min(lengths) < length)
+        state = state.keep((tokens & ~state.visual) | decision.keep, length, padded=min(lengths) < length)
         if self._config.positions == "original" or (self._config.positions == "auto" and self._multi_axis):
             return state
         positions = compact_positions(state.valid, len(lengths), length, state.hidden.device)
         return replace(state, positions=positions)
+
+
+def _next_position(self, state: TokenState) -> Tensor:
+        """Return the rotary position after the last token of each sample. Shapes: [B], or [A, B] for multi-axis ones."""
+        if self._next is not None:
+            return self._next.to(state.hidden.device).expand(*state.positions.shape[:-2], -1)
+        positions = state.positions if state.valid is None else state.positions.masked_fill(~state.valid, -1)
+        return positions.max(dim=-1).values.expand(*positions.shape[:-2], state.hidden.shape[0]) + 1
 
     def _best_visual(self, state: TokenState, layer: int, kept: list[int]) -> Tensor:
         """Mark the ``kept[b]`` visual tokens of each sample that the reducer scores highest. Shapes: [B, L]."""
@@ -332,12 +389,6 @@ class _ReducedPass:
         quota = torch.tensor(kept, device=order.device).unsqueeze(1)
         chosen = torch.arange(order.shape[1], device=order.device) < quota
         return torch.zeros_like(state.visual).scatter(1, order, chosen) & state.visual
-
-
-def _next_position(state: TokenState) -> Tensor:
-    """Return the rotary position after the last token of each sample. Shapes: [B], or [A, B] for multi-axis ones."""
-    positions = state.positions if state.valid is None else state.positions.masked_fill(~state.valid, -1)
-    return positions.max(dim=-1).values.expand(*positions.shape[:-2], state.hidden.shape[0]) + 1
 
 
 def _continue(
