@@ -46,6 +46,11 @@ class ToMe:
         """Never used: the work is done in ``encode``."""
         raise NotImplementedError("ToMe acts inside the tower")
 
+    def patches_per_block(self, patches: int, blocks: int, config: DuetConfig) -> list[int]:
+        """Return how many patches each block's attention sees, for counting FLOPs."""
+        merges = merges_per_block(patches, config.entering, blocks)
+        return [patches - sum(merges[:block]) for block in range(blocks)]
+
     def encode(
         self, blocks: list[Any], hidden: Tensor, class_token: bool, grid: tuple[int, int], config: DuetConfig
     ) -> VisionReduction:

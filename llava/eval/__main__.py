@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.generate import Answerer, template_for
+from llava.eval.ledger import ModelShape, bill
 from llava.eval.processes import Processes
 from llava.eval.runner import (
+    RESULT_SUFFIX,
     BenchmarkRun,
     RunOptions,
     load_questions,
@@ -208,6 +210,15 @@ class Session:
 
     def run(self, options: RunOptions) -> bool:
         """Run all benchmarks with the model's present reduction; returns whether every question was answered."""
+        return self.records(options)[1]
+
+    def records(self, options: RunOptions) -> tuple[list[dict[str, Any]], bool]:
+        """Run all benchmarks with the model's present reduction.
+
+        Returns:
+            Their records, the cost of a sample added (none in other processes than the first, and with a limit), and
+            whether every question was answered.
+        """
         args, model = self.args, self.model
         dtype = str(model.dtype).removeprefix("torch.") + ", 8 bit" * args.load_8bit + ", 4 bit" * args.load_4bit
         about = {
@@ -217,16 +228,20 @@ class Session:
             "device": str(model.device),
             "versions": versions(),
         }
-        complete = True
+        complete, records = True, []
         for task, questions in self.found:
             template = template_for(self.model_name, model.config, args.conv_mode, task.video)
             answerer = Answerer(model, self.tokenizer, self.image_processor, template)
             settings = make_settings(task, questions, args.root, answerer, self.fingerprint, dtype)
             run = BenchmarkRun(task, questions, answerer, settings, options, self.processes, about)
             record = run.run()
+            if record is not None:
+                path = run.answers_path.with_suffix(RESULT_SUFFIX)
+                bill(record, path, run.answers_path, model.reduction, ModelShape.of(model))
+                records.append(record)
             if self.processes.first:
                 complete &= report_run(run, record)
-        return bool(self.processes.from_first(complete))
+        return records, bool(self.processes.from_first(complete))
 
 
 def open_session(args: argparse.Namespace, processes: Processes) -> Session:

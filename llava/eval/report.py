@@ -33,6 +33,16 @@ NEEDED = (
 )  # fmt: skip
 
 
+TOKENS_NOTE = (
+    "Visual tokens: measured, mean over decoder layers and over samples with a picture; entering: in the first layer; "
+    "retained: in the last layer that has any. GFLOPs (multiply and add count as two) and KV bytes of one sample's "
+    "prefill, from the tokens that every layer saw."
+)
+TOKEN_COUNTS = ("average", "entering", "retained")
+COSTS = ("prefill_flops", "tower_flops", "kv_bytes")
+COST_HEADS = ("entering", "retained", "prefill GFLOPs", "tower GFLOPs", "KV MiB")
+
+
 @dataclass
 class Row:
     """One line of the table.
@@ -45,9 +55,12 @@ class Row:
         average: mean of `percent`, or None.
         compared: how many benchmarks that is.
         tokens: visual tokens per layer on average over samples with a picture, or None.
+        entering, retained: visual tokens in the first layer, and in the last one that has any, or None.
+        prefill_flops, tower_flops, kv_bytes: of a sample with a picture, or None.
         seconds: seconds a sample, averaged over benchmarks, or None.
         untouched: per stage: samples in which it removed nothing, and samples with a picture.
         marks: what a reader must know about a score, by benchmark.
+        titles: heads of the benchmarks' columns.
     """
 
     name: str
@@ -57,9 +70,15 @@ class Row:
     average: float | None = None
     compared: int = 0
     tokens: float | None = None
+    entering: float | None = None
+    retained: float | None = None
+    prefill_flops: float | None = None
+    tower_flops: float | None = None
+    kv_bytes: float | None = None
     seconds: float | None = None
     untouched: dict[str, tuple[int, int]] = field(default_factory=dict)
     marks: dict[str, list[str]] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -98,10 +117,9 @@ def make_row(name: str, records: Sequence[Mapping[str, Any]]) -> Row:
     """Put one row's results together; incomplete ones have no score."""
     row = Row(name, {r["benchmark"]: r["metrics"][r["headline"]] for r in records if not incomplete(r)})
     row.metrics = {r["benchmark"]: r["headline"] for r in records}
-    tokens = [(r["visual_tokens"]["average_tokens"], r["visual_tokens"]["samples"]) for r in records]
-    tokens = [(average, samples) for average, samples in tokens if average is not None]
-    if tokens:
-        row.tokens = sum(average * samples for average, samples in tokens) / sum(samples for _, samples in tokens)
+    row.titles = {r["benchmark"]: r["title"] for r in records}
+    row.tokens, row.entering, row.retained = (_measured(records, f"{what}_tokens") for what in TOKEN_COUNTS)
+    row.prefill_flops, row.tower_flops, row.kv_bytes = (_measured(records, what) for what in COSTS)
     seconds = [r["seconds_per_sample"] for r in records if r["seconds_per_sample"] is not None]
     row.seconds = fmean(seconds) if seconds else None
     for record in records:
@@ -110,6 +128,13 @@ def make_row(name: str, records: Sequence[Mapping[str, Any]]) -> Row:
             row.untouched[stage] = (before[0] + count, before[1] + record["visual_tokens"]["samples"])
         row.marks[record["benchmark"]] = _marks(record)
     return row
+
+
+def _measured(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """A number of the ledger, averaged over the samples with a picture of all benchmarks that have it."""
+    ledgers = [record["visual_tokens"] for record in records if record["visual_tokens"].get(name) is not None]
+    samples = sum(ledger["samples"] for ledger in ledgers)
+    return sum(ledger[name] * ledger["samples"] for ledger in ledgers) / samples if samples else None
 
 
 def _marks(record: Mapping[str, Any]) -> list[str]:
@@ -175,9 +200,11 @@ def columns(rows: Sequence[Row]) -> list[str]:
     return [*(name for name in ORDER if name in names), *sorted(names - set(ORDER))]
 
 
-def title(benchmark: str) -> str:
-    """The head of a benchmark's column; its name where the benchmark is not known here."""
-    return TASKS.get(benchmark).title if benchmark in TASKS.names() else benchmark
+def title(benchmark: str, rows: Sequence[Row] = ()) -> str:
+    """The head of a benchmark's column: as the benchmark says, else as its runs do (a part of one), else its name."""
+    if benchmark in TASKS.names():
+        return TASKS.get(benchmark).title
+    return next((row.titles[benchmark] for row in rows if benchmark in row.titles), benchmark)
 
 
 def _cell(row: Row, benchmark: str) -> str:
@@ -188,30 +215,45 @@ def _cell(row: Row, benchmark: str) -> str:
     return f"{text} ({row.percent[benchmark]:.1f}%)" if benchmark in row.percent else text
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """A number for a table; n/a where there is none."""
     return "n/a" if value is None else format(value, form)
+
+
+def cost_cells(row: Any) -> list[str]:
+    """The cells below `COST_HEADS` of anything that has these attributes."""
+    flops = [None if value is None else value / 1e9 for value in (row.prefill_flops, row.tower_flops)]
+    memory = None if row.kv_bytes is None else row.kv_bytes / 2**20
+    cells = [number(value, ".1f") for value in (row.entering, row.retained)]
+    return [*cells, *(number(value, ",.2f") for value in flops), number(memory, ",.2f")]
 
 
 def markdown(rows: Sequence[Row], baseline: str | None) -> str:
     """The table, what was measured, and the notes."""
     names = columns(rows)
-    head = ["run", "visual tokens", *map(title, names), "Avg", "s/sample", "untouched by a stage"]
+    head = [
+        "run",
+        "visual tokens",
+        *(title(name, rows) for name in names),
+        "Avg",
+        "s/sample",
+        *COST_HEADS,
+        "untouched by a stage",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         average = "n/a" if row.average is None else f"{row.average:.1f}% of {row.compared}"
         untouched = ", ".join(f"{stage}: {count}/{of}" for stage, (count, of) in row.untouched.items()) or "n/a"
-        cells = [row.name, _number(row.tokens, ".2f"), *(_cell(row, name) for name in names), average]
-        lines.append("| " + " | ".join([*cells, _number(row.seconds, ".4f"), untouched]) + " |")
+        cells = [row.name, number(row.tokens, ".2f"), *(_cell(row, name) for name in names), average]
+        lines.append("| " + " | ".join([*cells, number(row.seconds, ".4f"), *cost_cells(row), untouched]) + " |")
     if baseline is not None:
         percent = f"In brackets: percent of {baseline} (of the paper's own baseline in the paper's rows)."
         lines += ["", f"{percent} Avg: their mean, and over how many benchmarks."]
-    tokens = (
-        "Visual tokens: measured, mean over decoder layers and over samples with a picture; n/a for published rows."
-    )
-    return "\n".join([*lines, "", tokens, "", *_notes(rows, names)]).rstrip() + "\n"
+    tokens = f"{TOKENS_NOTE} n/a: published rows, and runs from before it was measured."
+    return "\n".join([*lines, "", tokens, "", *notes(rows, names)]).rstrip() + "\n"
 
 
-def _notes(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+def notes(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     """Every mark once, with the rows that it holds for unless it holds for all that have the benchmark."""
     lines = []
     for name in names:
@@ -219,7 +261,7 @@ def _notes(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
         for mark in dict.fromkeys(mark for row in having for mark in row.marks[name]):
             holds = [row.name for row in having if mark in row.marks[name]]
             whose = "" if len(holds) == len(having) else f" ({', '.join(holds)})"
-            lines.append(f"- {title(name)}{whose}: {mark}")
+            lines.append(f"- {title(name, rows)}{whose}: {mark}")
     return lines
 
 
@@ -230,11 +272,13 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         head = ["run", "visual_tokens", *(part for name in names for part in (name, f"{name}_percent"))]
-        writer.writerow([*head, "avg_percent", "avg_of", "seconds_per_sample", *(f"untouched {s}" for s in stages)])
+        head += ["avg_percent", "avg_of", "seconds_per_sample", "entering_tokens", "retained_tokens", *COSTS]
+        writer.writerow([*head, *(f"untouched {s}" for s in stages)])
         for row in rows:
             scores = [part for name in names for part in (row.scores.get(name), row.percent.get(name))]
             counts = [row.untouched[stage][0] if stage in row.untouched else None for stage in stages]
-            writer.writerow([row.name, row.tokens, *scores, row.average, row.compared, row.seconds, *counts])
+            measured = [row.seconds, row.entering, row.retained, row.prefill_flops, row.tower_flops, row.kv_bytes]
+            writer.writerow([row.name, row.tokens, *scores, row.average, row.compared, *measured, *counts])
 
 
 def write_report(records: Sequence[Mapping[str, Any]], rows: Sequence[Row], baseline: str | None, out: Path) -> str:

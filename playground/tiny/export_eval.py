@@ -1,8 +1,8 @@
-"""Writes the tiny world's held-out scenes as six image benchmarks: `python -m playground.tiny.export_eval --out DIR`.
+"""Writes the tiny world's held-out scenes as image benchmarks: `python -m playground.tiny.export_eval --out DIR`.
 
 Folders, file names and fields are those of POPE, GQA, TextVQA, MME, ScienceQA and SEED-Bench as LLaVA's evaluation
-expects them below `playground/data/eval`, with LLaVA's question files. Scene number i is image i of `heldout.json` of
-the same seed. The same arguments always write the same bytes.
+expects them below `playground/data/eval`, with LLaVA's question files; `tiny` is the world's own held-out set. Scene
+number i is image i of `heldout.json` of the same seed. The same arguments always write the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from playground.tiny.build import IMAGE_MARK, LETTER_ANSWER, QUALITY, SEED, SHORT_ANSWER, STAGE_SEED
+from playground.tiny.build import IMAGE_MARK, LETTER_ANSWER, QUALITY, SEED, SHORT_ANSWER, STAGE_SEED, build_stage
 from playground.tiny.eval_questions import CLAIMS, Quiz, claim_pair, is_there, ocr_line, quiz, text_quiz
 from playground.tiny.questions import LETTERS, ask, by_axis
 from playground.tiny.scenes import IMAGE_SIZE, PlacedDigit, make_scene
@@ -29,7 +29,7 @@ from playground.tiny.scenes import IMAGE_SIZE, PlacedDigit, make_scene
 SHORT, LETTER = f"\n{SHORT_ANSWER}", f"\n{LETTER_ANSWER}"
 IMAGES = 160
 ABOUT = "tiny_world.json"
-FOLDERS = ("pope", "gqa", "textvqa", "MME", "scienceqa", "seed_bench")
+FOLDERS = ("pope", "gqa", "textvqa", "MME", "scienceqa", "seed_bench", "tiny")
 POPE_START = {"adversarial": 1, "random": 10_000_001, "popular": 20_000_001}  # first id in LLaVA's question file
 GQA_TYPES = {
     "exists": ("verify", "obj", "existC"),
@@ -321,6 +321,12 @@ def write_seed_bench(root: Path, scenes: list[Digits], seed: int) -> int:
     return _lines(root / "seed_bench" / "llava-seed-bench.jsonl", questions)
 
 
+def write_tiny(root: Path, images: int, seed: int, workers: int) -> int:
+    """Write `tiny`: `heldout.json` and its pictures as `playground.tiny.build` makes them."""
+    path = build_stage(str(root / "tiny"), "heldout", images, seed, 1, workers)
+    return len(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
 WRITERS = {
     "pope": write_pope,
     "gqa": write_gqa,
@@ -353,7 +359,7 @@ def _claim(root: Path, arguments: dict) -> None:
 
 
 def export(root: str | Path, images: int = IMAGES, seed: int = SEED, workers: int = 1) -> dict[str, int]:
-    """Write all six benchmarks below `root`; returns the number of questions of each.
+    """Write all benchmarks below `root`; returns the number of questions of each.
 
     Raises:
         ValueError: no image is asked for, or the folder holds other benchmarks.
@@ -368,7 +374,8 @@ def export(root: str | Path, images: int = IMAGES, seed: int = SEED, workers: in
             scenes = list(pool.map(work, range(images), chunksize=8))
     else:
         scenes = [work(index) for index in range(images)]
-    return {name: write(root, scenes, seed) for name, write in WRITERS.items()}
+    counts = {name: write(root, scenes, seed) for name, write in WRITERS.items()}
+    return counts | {"tiny": write_tiny(root, images, seed, workers)}
 
 
 def main() -> None:

@@ -110,7 +110,7 @@ def test_the_three_files_say_the_same(tmp_path, capsys):
     text = (tmp_path / "report.md").read_text()
     assert capsys.readouterr().out == text
     head, _, baseline, row = text.splitlines()[:4]
-    assert [cell.strip() for cell in head.split("|")[3:9]] == ["POPE", "SQA", "TextVQA", "MME", "GQA", "own"]
+    assert [cell.strip() for cell in head.split("|")[3:9]] == ["POPE", "SQA", "TextVQA", "MME", "GQA", "OWN"]
     assert "| paper-7b | n/a | 85.9 (100.0%)" in baseline and "n/a" in baseline
     assert "86.5 (100.7%)" in row and "1817 (97.6%)" in row and "| 12.5 |" in row and "99.0% of 5" in row
     with open(tmp_path / "report.csv", newline="") as file:
@@ -165,3 +165,29 @@ def test_bad_results_are_bad_data(tmp_path):
     (tmp_path / "x.result.json").write_text("[1]")
     with pytest.raises(BadEvalData, match=r"x\.result\.json"):
         report.read_records(tmp_path)
+
+
+def test_what_a_sample_costs_is_averaged_over_samples_with_a_picture(tmp_path):
+    def cost(samples, scale):
+        entering = {
+            "samples": samples,
+            "average_tokens": 10.0 * scale,
+            "entering_tokens": 30.0 * scale,
+            "untouched": {},
+        }
+        return entering | {"retained_tokens": 5.0 * scale, "prefill_flops": 2e9 * scale, "kv_bytes": 2**20 * scale}
+
+    records = [
+        result("x", "pope", 1, visual_tokens=cost(30, 1) | {"tower_flops": 1e9}),
+        result("x", "gqa", 1, visual_tokens=cost(10, 2) | {"tower_flops": None}),
+        result("x", "mme", 1, visual_tokens={"samples": 5, "average_tokens": None, "untouched": {}}),
+    ]
+    rows = report.make_rows(records, None)
+    text = report.write_report(records, rows, None, tmp_path / "report")
+    head, _, line = (part.split(" | ") for part in text.splitlines()[:3])
+    cells = dict(zip(head, line, strict=True))
+    assert [cells[name] for name in report.COST_HEADS] == ["37.5", "6.2", "2.50", "1.00", "1.25"]
+    with open(tmp_path / "report.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["prefill_flops"]) == 2.5e9 and float(row["kv_bytes"]) == 1.25 * 2**20
+    assert (float(row["entering_tokens"]), float(row["retained_tokens"])) == (37.5, 6.25)

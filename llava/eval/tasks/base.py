@@ -108,6 +108,8 @@ class Task(ABC):
         folder: its place below the evaluation root (`playground/data/eval`).
         max_new_tokens: as in LLaVA's script for it.
         video: whether `Question.visuals` is a video, to be read as frames.
+        partial: whether it can be asked and scored on some of its pictures only, see `part_of`.
+        pictures: how many pictures; None is all.
     """
 
     name: ClassVar[str]
@@ -115,6 +117,8 @@ class Task(ABC):
     folder: ClassVar[str]
     max_new_tokens: ClassVar[int] = 128
     video: ClassVar[bool] = False
+    partial: ClassVar[bool] = False
+    pictures: ClassVar[int | None] = None
 
     def home(self, root: Path) -> Path:
         """The benchmark's folder."""
@@ -142,6 +146,17 @@ class Task(ABC):
             BadEvalData: an answer belongs to no question, or a question has two answers; names the ids.
         """
 
+    def pick(self, questions: Sequence[Question]) -> list[Question]:
+        """Leave the questions about `pictures` of the pictures, spread evenly over them in the order of their names.
+
+        `questions` of a `partial` benchmark returns what this returns, and `score` looks at nothing else.
+        """
+        names = sorted({path for question in questions for path in question.visuals})
+        if self.pictures is None or self.pictures >= len(names):
+            return list(questions)
+        chosen = {names[index * len(names) // self.pictures] for index in range(self.pictures)}
+        return [question for question in questions if chosen.issuperset(question.visuals) and question.visuals]
+
     def stored_prompt(self, question: Question) -> str:
         """What an answers file holds as the prompt of a question; LLaVA's scorers recover the question from it."""
         return question.text
@@ -157,6 +172,20 @@ class Task(ABC):
                 return image.convert("RGB")
         except (OSError, SyntaxError) as error:
             raise BadEvalData(f"{self.name}: picture {path} cannot be opened: {error}") from error
+
+
+def part_of(kind: type[Task], pictures: int) -> Task:
+    """Return a benchmark on some of its pictures, under a name that says so.
+
+    Raises:
+        ValueError: it is scored over all its questions only, or no picture is left.
+    """
+    if pictures < 1:
+        raise ValueError(f"a benchmark on {pictures} pictures has no questions; ask for at least 1")
+    if not kind.partial:
+        raise ValueError(f"{kind.name} is scored over all its pictures only; leave --limit-pictures out")
+    named = {"name": f"{kind.name}_{pictures}_pictures", "title": f"{kind.title}, {pictures} pictures"}
+    return type(f"{kind.__name__}Part", (kind,), named | {"pictures": pictures, "__doc__": kind.__doc__})()
 
 
 def join_answers(

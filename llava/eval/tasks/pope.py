@@ -243,6 +243,7 @@ class Pope(Task):
     name = "pope"
     title = "POPE"
     folder = "pope"
+    partial = True
 
     def needed(self, root: Path) -> list[Needed]:
         """The three label files and COCO's pictures."""
@@ -259,7 +260,8 @@ class Pope(Task):
         """In the order of LLaVA's question file; see `read_questions`."""
         home = self.home(root)
         question_file = home / QUESTION_FILE
-        return read_questions(home / "coco", question_file if question_file.exists() else None, home / "val2014")
+        given = question_file if question_file.exists() else None
+        return self.pick(read_questions(home / "coco", given, home / "val2014"))
 
     def score(self, root: Path, answers: Sequence[Answer]) -> Score:
         """Mean F1 of the three sets; the pooled values are what lmms-eval's `pope` reports."""
