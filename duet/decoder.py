@@ -21,9 +21,9 @@ from duet import tracing
 from duet.budget import kept_tokens
 from duet.cache import CachedSegment, DuetCache
 from duet.config import DuetConfig
-from duet.stage2 import LANGUAGE_REDUCERS, Decision, LanguageReducer, Stage, keep_best
 from duet.queries import answers_from_labels, query_rows
-from duet.tokens import TokenState, compact_positions, gather_tokens, is_left_padded, rank_descending
+from duet.stage2 import LANGUAGE_REDUCERS, Decision, LanguageReducer, Stage, keep_best
+from duet.tokens import TokenState, compact_positions, gather_tokens, is_left_padded
 
 
 @dataclass
@@ -116,10 +116,9 @@ def run_decoder(
     )
     if query_indices is not None:
         config = replace(config, queries="all")
-    pass_ = _ReducedPass(
-        decoder, config.for_depth(len(decoder.layers)), cache, next_position, additions,  # type: ignore[arg-type]
-        output_hidden_states, layer_kwargs,
-    )  # fmt: skip
+    config = config.for_depth(len(decoder.layers))  # type: ignore[arg-type]
+    reducer = reducer or (LANGUAGE_REDUCERS.get(config.stage2) if config.schedule else None)
+    pass_ = _ReducedPass(decoder, config, reducer, cache, next_position, additions, output_hidden_states, layer_kwargs)
     state = pass_.run(state)
     if cache is not None:
         cache.fed = inputs_embeds.shape[1] if fed_length is None else fed_length
@@ -284,6 +283,7 @@ class _ReducedPass:
         self,
         decoder: Any,
         config: DuetConfig,
+        reducer: LanguageReducer | None,
         cache: DuetCache | None,
         next_position: Tensor | None,
         additions: Sequence[Tensor],
@@ -292,6 +292,7 @@ class _ReducedPass:
     ):
         self._decoder = decoder
         self._config = config
+        self._reducer: Any = reducer
         self._cache = cache
         self._next = next_position
         self._additions = additions
@@ -373,22 +374,12 @@ class _ReducedPass:
         positions = compact_positions(state.valid, len(lengths), length, state.hidden.device)
         return replace(state, positions=positions)
 
-
-def _next_position(self, state: TokenState) -> Tensor:
-        """Return the rotary position after the last token of each sample. Shapes: [B], or [A, B] for multi-axis ones."""
+    def _next_position(self, state: TokenState) -> Tensor:
+        """Return the rotary position after the last token of each sample. Shapes: [B], or [A, B] for several axes."""
         if self._next is not None:
             return self._next.to(state.hidden.device).expand(*state.positions.shape[:-2], -1)
         positions = state.positions if state.valid is None else state.positions.masked_fill(~state.valid, -1)
         return positions.max(dim=-1).values.expand(*positions.shape[:-2], state.hidden.shape[0]) + 1
-
-    def _best_visual(self, state: TokenState, layer: int, kept: list[int]) -> Tensor:
-        """Mark the ``kept[b]`` visual tokens of each sample that the reducer scores highest. Shapes: [B, L]."""
-        stage = Stage(self._decoder, layer, state, self._previous, kept)
-        score = LANGUAGE_REDUCERS.get(self._config.stage2)(stage, self._config)
-        order = rank_descending(score.masked_fill(~state.visual, float("-inf")))
-        quota = torch.tensor(kept, device=order.device).unsqueeze(1)
-        chosen = torch.arange(order.shape[1], device=order.device) < quota
-        return torch.zeros_like(state.visual).scatter(1, order, chosen) & state.visual
 
 
 def _continue(

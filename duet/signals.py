@@ -10,6 +10,7 @@ width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -180,13 +181,32 @@ class DecoderSignals:
         The softmax runs over the whole causal prefix of a row. Shapes: row positions [B, R], counted [B, R] bool marks
         the rows that are real; returns [B, L]. Source: DUET-VLM Sec. 3.2; PyramidDrop Eq. (1) for a single row.
         """
+        total = self._keys.new_zeros(self._keys.shape[0], self._keys.shape[2])
+        for _, counted, probabilities in self.rows(index_BR, counted_BR):
+            total += (probabilities.mean(1) * counted.unsqueeze(-1)).sum(1)
+        return total / counted_BR.float().sum(1, keepdim=True).clamp(min=1.0)
+
+    def rows(self, index_BR: Tensor, counted_BR: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the attention probabilities of chosen rows in blocks of rows, each softmaxed over its causal prefix.
+
+        However many blocks there are, the layer's projections run once: ranks of a ZeRO-3 job stay in step.
+        Shapes: row positions [B, R], counted [B, R]; yields positions [B, r], counted [B, r] as 0 or 1, and
+        probabilities [B, H, r, L] in fp32. A row that may see nothing is uniform.
+        """
         keys = self._keys
-        total = keys.new_zeros(keys.shape[0], keys.shape[2])
-        weight = counted_BR.float()
-        for rows, mark in self._blocks(index_BR, weight):
-            probabilities = self._probabilities(rows, self._causal(rows, keys.shape[2]), keys)
-            total += (probabilities.mean(1) * mark.unsqueeze(-1)).sum(1)
-        return total / weight.sum(1, keepdim=True).clamp(min=1.0)
+        for rows, counted, queries in self._blocks(index_BR, counted_BR):
+            yield rows, counted, self._probabilities(queries, self._causal(rows, keys.shape[2]), keys)
+
+    def position_prior(self, index_BR: Tensor) -> Tensor:
+        """Return the scaled logits that positions alone make: queries and keys of ones, rotated. Shapes: [B, R, L].
+
+        Source: SparseVLM 2.0's correction of attention that decays with distance.
+        """
+        cos, sin = (table.expand(index_BR.shape[0], -1, -1).float() for table in self._rotary)
+        ones = cos.new_ones(len(cos), 1, cos.shape[1], int(self._attention.head_dim))
+        rotated = rotate(ones, cos, sin)[:, 0]
+        queries = rotated.gather(1, index_BR.unsqueeze(-1).expand(-1, -1, rotated.shape[-1]))
+        return queries @ rotated.transpose(-1, -2) * self._attention.scaling
 
     def received_among(self, index_BT: Tensor, counted_BT: Tensor) -> Tensor:
         """Return the attention that text tokens receive from later text tokens, per reader, averaged over heads.
@@ -199,27 +219,29 @@ class DecoderSignals:
         keys = self._keys.gather(2, index_BT[:, None, :, None].expand(-1, self._keys.shape[1], -1, width))
         total = keys.new_zeros(index_BT.shape)
         readers = keys.new_zeros(index_BT.shape)
-        for rows, mark in self._blocks(index_BT, counted_BT.float()):
+        for rows, mark, queries in self._blocks(index_BT, counted_BT):
             later = rows.unsqueeze(-1) - index_BT.unsqueeze(1)
             allowed = (later >= 0) & counted_BT.unsqueeze(1)
             strict = ((later > 0) & counted_BT.unsqueeze(1)) * mark.unsqueeze(-1)
-            total += (self._probabilities(rows, allowed, keys).mean(1) * strict).sum(1)
+            total += (self._probabilities(queries, allowed, keys).mean(1) * strict).sum(1)
             readers += strict.sum(1)
         return total / readers.clamp(min=1.0)
 
-    def _blocks(self, index_BR: Tensor, weight_BR: Tensor) -> list[tuple[Tensor, Tensor]]:
-        batch, rows = index_BR.shape
-        heads = int(self._attention.q_proj.out_features // self._attention.head_dim)
-        size = _block_rows(batch, heads, self._normed.shape[1], rows)
-        return list(zip(index_BR.split(size, 1), weight_BR.split(size, 1), strict=True))
+    def _blocks(self, index_BR: Tensor, counted_BR: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield positions, counted (0 or 1) and queries of blocks of rows, small enough to be scored at once."""
+        queries = self._queries(index_BR)
+        batch, key_heads, group, rows, _ = queries.shape
+        size = _block_rows(batch, key_heads * group, self._normed.shape[1], rows)
+        yield from zip(index_BR.split(size, 1), counted_BR.float().split(size, 1), queries.split(size, 3), strict=True)
 
     def _causal(self, index_BR: Tensor, length: int) -> Tensor:
         allowed = torch.arange(length, device=index_BR.device) <= index_BR.unsqueeze(-1)
         return allowed if self._valid is None else allowed & self._valid.unsqueeze(1)
 
-    def _probabilities(self, index_BR: Tensor, allowed_BRL: Tensor, keys: Tensor) -> Tensor:
+    @staticmethod
+    def _probabilities(queries: Tensor, allowed_BRL: Tensor, keys: Tensor) -> Tensor:
         """Attention probabilities, [B, H, R, keys]; a row that may see nothing is uniform and counts for nothing."""
-        scores = self._queries(index_BR) @ keys.transpose(-1, -2).unsqueeze(2)
+        scores = queries @ keys.transpose(-1, -2).unsqueeze(2)
         scores = scores.masked_fill(~allowed_BRL[:, None, None], torch.finfo(scores.dtype).min)
         return scores.softmax(-1).flatten(1, 2)
 

@@ -53,7 +53,7 @@ class TokenState:
         hidden: [B, L, D].
         valid: [B, L] bool, or None when no position is padding.
         visual: [B, L] bool, positions that came from an image.
-        text: [B, L] bool, text after the first visual token that is no answer (see ``stage2.query_rows``).
+        text: [B, L] bool, text after the first visual token that is no answer (see ``queries.query_rows``).
         queries: [B, L] bool, the rows among them that rank visual tokens.
         origin: [B, L] index of each position in the sequence that entered the first layer.
         positions: [B, L] (or [1, L], or [A, B, L] for multi-axis rotary positions).

@@ -28,6 +28,8 @@ class ImageRecord:
         kind: ``"class"``, ``"dominant"`` or ``"contextual"`` for each of them.
         members: for each contextual token the patches that it averages.
         kept_after: decoder layers that have run -> indices of the tokens (into ``source``) that were still there.
+        merged_after: decoder layers that have run -> token -> the token that it was averaged into there, which may be
+            itself. A number beyond this image's tokens is a token of another image of the sample.
     """
 
     grid: tuple[int, int]
@@ -35,6 +37,7 @@ class ImageRecord:
     kind: list[str]
     members: list[list[int]]
     kept_after: dict[int, list[int]] = field(default_factory=dict)
+    merged_after: dict[int, dict[int, int]] = field(default_factory=dict)
 
     def fate(self) -> list[str]:
         """Return one line per patch: kept, merged into which token, or dropped, and at which stage."""
@@ -44,15 +47,23 @@ class ImageRecord:
             averaged = self.members[token - offset] if token >= offset else []
             for member in averaged or ([patch] if patch >= 0 else []):
                 word = f"merged into token {token}" if averaged else f"kept as token {token}"
-                note = self._dropped_note(token)
+                note = self._later_note(token)
                 lines[member] = [*(entry for entry in lines[member] if entry != "dropped in stage 1"), word + note]
         return ["; ".join(entries) for entries in lines]
 
-    def _dropped_note(self, token: int) -> str:
+    def _later_note(self, token: int) -> str:
+        """Say what the decoder did to a token, following it into the tokens that it was merged into."""
+        note = ""
         for layer in sorted(self.kept_after):
-            if token not in self.kept_after[layer]:
-                return f", dropped after layer {layer}"
-        return ""
+            into = self.merged_after.get(layer, {}).get(token)
+            if into is not None and not 0 <= into < len(self.source):
+                return note + f", merged into a token of another image after layer {layer}"
+            if into is not None:
+                note += f", merged into token {into} after layer {layer}"
+                token = into
+            elif token not in self.kept_after[layer]:
+                return note + f", dropped after layer {layer}"
+        return note
 
 
 @dataclass
@@ -191,6 +202,23 @@ class DropRecorder:
         traces = [active for active in _ACTIVE.get() if active.record_images]
         self._images = [image for active in traces for image in active.claim(visual_BL)]
         self._visual = visual_BL.cpu() if self._images else None
+
+    def record_merges(self, layer: int, state: TokenState, merged_into: Tensor | None) -> None:
+        """Store which tokens were averaged into which, before the state is gathered. Shapes: merged_into [B, L]."""
+        if self._visual is None or merged_into is None:
+            return
+        origin, into = state.origin.cpu(), merged_into.cpu()
+        number = (self._visual.flatten().cumsum(0) - 1).view(self._visual.shape)
+        rows, columns = (into >= 0).nonzero(as_tuple=True)
+        tokens = number[rows, origin[rows, columns]].tolist()
+        targets = number[rows, origin[rows, into[rows, columns]]].tolist()
+        for image, start in self._images:
+            mine = {
+                token - start: target - start
+                for token, target in zip(tokens, targets, strict=True)
+                if start <= token < start + len(image.source)
+            }
+            image.merged_after[layer] = mine
 
     def record(self, layer: int, state: TokenState) -> None:
         """Store which tokens of each image are still there after ``layer`` layers."""

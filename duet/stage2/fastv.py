@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from duet.queries import marked_indices
 from duet.stage2 import LANGUAGE_REDUCERS, Stage
-from duet.stage2.text_guided import marked_indices
 
 if TYPE_CHECKING:
     from duet.config import DuetConfig

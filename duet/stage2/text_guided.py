@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from duet.queries import marked_indices
 from duet.signals import DecoderSignals
 from duet.stage2 import LANGUAGE_REDUCERS, Stage
-from duet.tokens import IGNORE_INDEX, compaction_index, top_indices
+from duet.tokens import top_indices
 
 if TYPE_CHECKING:
     from duet.config import DuetConfig
@@ -35,15 +36,6 @@ def text_guided(stage: Stage, config: DuetConfig) -> Tensor:
     return signals.received(rows, counted)
 
 
-def marked_indices(mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the marked positions of each row in order, padded to the longest row, and which of them are real.
-
-    Shapes: mask [B, L] bool; returns [B, R] indices and [B, R] bool, R at least 1.
-    """
-    index = compaction_index(mask_BL, max(1, int(mask_BL.sum(1).max())), left_padded=False)
-    return index, mask_BL.gather(1, index)
-
-
 def _salient_rows(signals: DecoderSignals, rows: Tensor, counted: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the ``count`` text tokens that receive most text-to-text attention, plus the last one."""
     received = signals.received_among(rows, counted)
@@ -62,48 +54,3 @@ def _chosen_rows(rows: Tensor, counted: Tensor, indices: tuple[int, ...]) -> tup
     inside[:, 0] |= ~inside.any(1)
     wanted = torch.where(inside & (wanted >= 0) & (wanted < total), wanted, total - 1).clamp(min=0)
     return rows.gather(1, wanted), inside & counted.gather(1, wanted)
-
-
-def query_rows(valid: Tensor | None, visual: Tensor, answers: Tensor | None, queries: str | tuple[int, ...]) -> Tensor:
-    """Return the text rows that may rank visual tokens.
-
-    ``"last"``: the last prompt token, or in training the token before each answer. Otherwise: every text token after
-    the first visual one that is no answer. Where that leaves none (plain captions: everything after the image is an
-    answer), the token before the first answer ranks. Padding and answers never rank.
-
-    Args:
-        valid: [B, L] bool or None.
-        visual: [B, L] bool.
-        answers: [B, L] bool, positions that the model has to predict, or None.
-        queries: ``DuetConfig.queries``.
-
-    Shapes: returns [B, L] bool with at least one mark in every row that holds a token.
-    Source: DUET-VLM Sec. 3.2 and App. B; PyramidDrop for the rows before answers and the fallback.
-    """
-    tokens = torch.ones_like(visual) if valid is None else valid
-    answers = torch.zeros_like(visual) if answers is None else answers & tokens
-    prompt_end = _before_answers(answers)
-    prompt_end = torch.where(prompt_end.any(1, keepdim=True), prompt_end, _last(tokens))
-    if queries == "last":
-        return prompt_end
-    rows = tokens & ~visual & ~answers & (visual.cumsum(1) > 0)
-    return torch.where(rows.any(1, keepdim=True), rows, _first(prompt_end))
-
-
-def answers_from_labels(labels: Tensor | None) -> Tensor | None:
-    """Return where a label supervises, [B, L] bool, or None without labels."""
-    return None if labels is None else labels != IGNORE_INDEX
-
-
-def _before_answers(answers: Tensor) -> Tensor:
-    """Mark the position before the first token of each answer span. Shapes: [B, L] -> [B, L]."""
-    starts = answers[:, 1:] & ~answers[:, :-1]
-    return torch.nn.functional.pad(starts, (0, 1))
-
-
-def _first(mask: Tensor) -> Tensor:
-    return mask & (mask.cumsum(1) == 1)
-
-
-def _last(mask: Tensor) -> Tensor:
-    return _first(mask.flip(1)).flip(1)

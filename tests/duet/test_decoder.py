@@ -9,7 +9,7 @@ import torch
 import duet
 from duet import DuetConfig
 from duet.cache import DuetCache
-from duet.stage2.text_guided import query_rows
+from duet.queries import query_rows
 
 BASE = dict(dominant=10, contextual=3, cluster_width=3, schedule={2: 0.5, 4: 0.25}, stage1="local_cluster")
 VARIANTS = {
