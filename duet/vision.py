@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from duet import tracing
 from duet.config import DuetConfig
 from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, block_signals
+
+if TYPE_CHECKING:
+    from duet.question import Question
 
 
 def encode_vision(
@@ -23,6 +26,8 @@ def encode_vision(
     class_token: bool = False,
     config: DuetConfig | None = None,
     project: Callable[[Tensor], Tensor] | None = None,
+    tiles: Sequence[tuple[int, int]] | None = None,
+    question: Question | None = None,
 ) -> VisionReduction:
     """Return the features of a CLIP-like tower, reduced as ``config`` says.
 
@@ -37,9 +42,12 @@ def encode_vision(
         class_token: keep the class token when nothing is reduced (LLaVA's ``cls_patch``).
         config: None or ``stage1="none"`` keeps all tokens, bit-identical to ``hidden_states[select_layer]``.
         project: the projector that follows, for reducers that compare projected tokens.
+        tiles: (rows, columns) of tiles of each picture, for reducers that share a budget between the tiles of one:
+            a picture takes a pass as a whole and then one for each tile, row by row; (0, 0) is a picture without tiles.
+        question: what is asked about each picture, for reducers that listen (``duet.question``).
 
     Raises:
-        ValueError: the layer does not exist, or the budget exceeds the patches.
+        ValueError: the layer does not exist, the budget exceeds the patches, or ``tiles`` do not add up to B.
     Source: DUET-VLM Sec. 3.1.
     """
     body: Any = getattr(tower, "vision_model", tower)
@@ -58,6 +66,7 @@ def encode_vision(
         embedded = body.embeddings(pixel_values, interpolate_pos_encoding=True)
     else:
         embedded = body.embeddings(pixel_values)
+    question = _question_per_pass(question, tiles, len(pixel_values))
     grid = _grid(pixel_values, body)
     has_class = embedded.shape[1] == math.prod(grid) + 1
     hidden = body.pre_layrnorm(embedded)
@@ -74,9 +83,11 @@ def encode_vision(
         else:
             signals = block_signals(blocks[depths[-1] - 1], block_input, has_class)
             following = blocks[depths[-1]] if len(depths) == 1 and depths[-1] < len(blocks) else None
-            reduction = reducer(
-                TowerOutput(features, signals, has_class, grid, pixel_values, following, project), config
-            )
+            output = TowerOutput(
+                features, signals, has_class, grid, pixel_values, following, project, tiles, question,
+                (blocks[0], hidden),
+            )  # fmt: skip
+            reduction = reducer(output, config)
     reduction = replace(reduction, grid=grid)
     tracing.record_vision(reduction)
     return reduction
@@ -114,6 +125,21 @@ def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 def _grid(pixel_values: Tensor, body: Any) -> tuple[int, int]:
     patch = body.config.patch_size
     return pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+
+
+def _question_per_pass(
+    question: Question | None, tiles: Sequence[tuple[int, int]] | None, passes: int
+) -> Question | None:
+    """Repeat each picture's question for its tiles, after checking that the tiles add up to the passes."""
+    if tiles is None:
+        return question
+    sizes = torch.tensor([1 + rows * columns for rows, columns in tiles])
+    if int(sizes.sum()) != passes:
+        raise ValueError(
+            f"tiles {list(tiles)} describe {int(sizes.sum())} tower passes (one per picture and one per tile), but "
+            f"pixel_values holds {passes}"
+        )
+    return None if question is None else question.select(torch.arange(len(tiles)).repeat_interleave(sizes))
 
 
 def _check_budget(config: DuetConfig, patches: int, has_class: bool, depth: int) -> None:

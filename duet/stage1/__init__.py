@@ -4,12 +4,13 @@ A reducer is a callable ``reduce(tower, config) -> VisionReduction`` registered 
 ``@VISION_REDUCERS.register("name")``. It hands on ``config.entering`` tokens per image and looks at no other image. One
 with a method ``resize(pixel_values, config, patch_size)`` changes the pictures before the tower sees them; one with a
 method ``encode(blocks, hidden, class_token, grid, config)`` runs the tower's blocks itself. One with an attribute
-``adaptive = True`` finds the number of tokens by itself, image by image, and sets ``VisionReduction.counts``.
+``adaptive = True`` finds the number of tokens by itself, image by image, and sets ``VisionReduction.counts``; one with
+``reads_question = True`` gets ``TowerOutput.question``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from duet.tokens import compaction_index, gather_tokens
 
 if TYPE_CHECKING:
     from duet.config import DuetConfig
+    from duet.question import Question
 
 CLASS_TOKEN, DOMINANT, CONTEXTUAL = 0, 1, 2
 KIND_NAMES = ("class", "dominant", "contextual")
@@ -39,6 +41,10 @@ class TowerOutput:
         pixels: [B, 3, height, width], what the tower saw.
         next_block: the block that would run next, None after the last one.
         project: the model's projector, [.., D] to the language model's width; None where the caller has none.
+        tiles: (rows, columns) of tiles of each picture. A picture takes one pass as a whole, then one for each tile,
+            row by row; (0, 0) is a picture without tiles. None: every pass is a picture of its own.
+        question: what is asked about each pass; None where the caller has no question.
+        first: the tower's first block and its input [B, M, D].
     """
 
     features: Tensor
@@ -48,6 +54,9 @@ class TowerOutput:
     pixels: Tensor
     next_block: Any = None
     project: Callable[[Tensor], Tensor] | None = None
+    tiles: Sequence[tuple[int, int]] | None = None
+    question: Question | None = None
+    first: tuple[Any, Tensor] | None = None
 
     @property
     def patches(self) -> Tensor:
@@ -63,6 +72,11 @@ class TowerOutput:
         if self.next_block is None:
             raise ValueError("this method reads the tower block after the features; select an earlier vision layer")
         return block_signals(self.next_block, self.features, self.class_token)
+
+    def first_signals(self) -> TowerSignals:
+        """Return the signals of the tower's first block."""
+        assert self.first is not None, "the tower's first block was not handed over"
+        return block_signals(*self.first, self.class_token)
 
     def image_numbers(self) -> Tensor:
         """Return a number per image that its pixels' bits alone decide, for choices at random. Shapes: [B] int64."""

@@ -1,4 +1,4 @@
-"""The most attended patches: FasterVLM (arXiv 2412.01818), and HiRED (arXiv 2408.10945) on one tile."""
+"""FasterVLM (arXiv 2412.01818): the most attended patches."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ if TYPE_CHECKING:
 
 
 @VISION_REDUCERS.register("fastervlm")
-@VISION_REDUCERS.register("hired")
 def most_attended(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
-    """Keep the most attended patches; the class token itself is not handed on.
+    """Keep the patches with most class-token attention; the class token itself is not handed on.
 
-    The two methods differ in a mean or a sum over heads, which ranks alike, and in how HiRED shares a budget between
-    the tiles of one image, which one tile does not need. A tower without a class token is ranked by column mass.
+    A tower without a class token is ranked by column mass. Shapes: features [B, M, D]; returns K tokens.
+    Source: FasterVLM Sec. 3.
     """
     return keep_patches(tower, top_indices(class_attention(tower), config.entering))
