@@ -46,7 +46,7 @@ class LlavaFamily(HostFamily):
                 token_id=model.config.image_token_id,
                 expected=[expected] * len(pixels),
                 rows={"pixel_values": None},
-                encode=lambda: _encode(model, pixels, layer, keeps_class),
+                encode=lambda _: _encode(model, pixels, layer, keeps_class),
             )
         ]
 

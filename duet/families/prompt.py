@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from duet.tokens import IGNORE_INDEX, compaction_index, gather_tokens, is_left_padded
+
+if TYPE_CHECKING:
+    from duet.question import Question
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,15 @@ class Pictures:
         token_id: the placeholder in the prompt.
         expected: placeholders of each image.
         rows: the inputs that hold these images -> how many leading rows of the tensor each image has; None means one.
-        encode: runs the vision tower, stage 1 and the projector.
+        encode: runs the vision tower, stage 1 and the projector. Its argument is what is asked about each image
+            (``duet.question``), None where the vision reducer does not listen.
     """
 
     kind: str
     token_id: int
     expected: list[int]
     rows: Mapping[str, Sequence[int] | None]
-    encode: Callable[[], Encoded]
+    encode: Callable[[Question | None], Encoded]
 
 
 def placeholders(model: Any, ids_or_embeds: Tensor, token_id: int) -> Tensor:

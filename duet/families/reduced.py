@@ -160,7 +160,7 @@ def _read_pictures(
     for pictures in family.pictures(model, inputs):
         marks = placeholders(model, ids_or_embeds, pictures.token_id)
         owners(marks, pictures)
-        kinds.append((pictures, marks, pictures.encode()))
+        kinds.append((pictures, marks, pictures.encode(None)))
     if kinds:
         prompt = insert(prompt, kinds, prompt_length)
     return prompt, {pictures.kind: encoded for pictures, _, encoded in kinds}
