@@ -50,10 +50,7 @@ def encode_vision(
         ValueError: the layer does not exist, the budget exceeds the patches, or ``tiles`` do not add up to B.
     Source: DUET-VLM Sec. 3.1.
     """
-    body: Any = getattr(tower, "vision_model", tower)
-    blocks = body.encoder.layers
-    wanted = [select_layer] if isinstance(select_layer, int) else list(select_layer)
-    depths = [_depth(index, len(blocks)) for index in wanted]
+    body, depths = _parts(tower, select_layer)
     reduces = config is not None and config.stage1 != "none"
     patches = math.prod(_grid(pixel_values, body))
     if reduces and config.keeps_every_patch(patches):  # type: ignore[union-attr]
@@ -69,28 +66,62 @@ def encode_vision(
     question = _question_per_pass(question, tiles, len(pixel_values))
     grid = _grid(pixel_values, body)
     has_class = embedded.shape[1] == math.prod(grid) + 1
-    hidden = body.pre_layrnorm(embedded)
+    hidden = _pre_norm(body, embedded)
     if reducer is not None:
         _check_budget(config, math.prod(grid), has_class, depths[-1])  # type: ignore[arg-type]
     if reducer is not None and hasattr(reducer, "encode"):
-        reduction = reducer.encode(list(blocks[: depths[-1]]), hidden, has_class, grid, config)
+        reduction = reducer.encode(list(body.encoder.layers[: depths[-1]]), hidden, has_class, grid, config)
     else:
-        states, block_input = _run_blocks(blocks, hidden, depths)
-        features = states[depths[0]] if len(depths) == 1 else torch.cat([states[d] for d in depths], dim=-1)
+        output = _tower_output(body.encoder.layers, hidden, depths, has_class, grid, pixel_values)
         if reducer is None:
-            drop = has_class and not class_token
+            drop, features = has_class and not class_token, output.features
             reduction = VisionReduction.identity(features[:, 1:] if drop else features, has_class and not drop, grid)
         else:
-            signals = block_signals(blocks[depths[-1] - 1], block_input, has_class)
-            following = blocks[depths[-1]] if len(depths) == 1 and depths[-1] < len(blocks) else None
-            output = TowerOutput(
-                features, signals, has_class, grid, pixel_values, following, project, tiles, question,
-                (blocks[0], hidden),
-            )  # fmt: skip
-            reduction = reducer(output, config)
+            reduction = reducer(replace(output, project=project, tiles=tiles, question=question), config)
     reduction = replace(reduction, grid=grid)
     tracing.record_vision(reduction)
     return reduction
+
+
+def run_tower(tower: Any, pixel_values: Tensor, select_layer: int | Sequence[int] = -2) -> TowerOutput:
+    """Return all tokens of a CLIP-like tower and what a vision reducer may ask of it; nothing is reduced.
+
+    For families that reduce something else than the patches of one pass: units of patches, or what is not padding.
+
+    Args:
+        tower: ``CLIPVisionModel``, ``SiglipVisionModel``, or an object with the same parts.
+        pixel_values: [B, 3, height, width].
+        select_layer: as for ``encode_vision``.
+
+    Raises:
+        ValueError: the layer does not exist.
+    """
+    body, depths = _parts(tower, select_layer)
+    grid = _grid(pixel_values, body)
+    embedded = body.embeddings(pixel_values)
+    has_class = embedded.shape[1] == math.prod(grid) + 1
+    return _tower_output(body.encoder.layers, _pre_norm(body, embedded), depths, has_class, grid, pixel_values)
+
+
+def _parts(tower: Any, select_layer: int | Sequence[int]) -> tuple[Any, list[int]]:
+    """Return what holds the tower's parts, and after how many blocks its features are taken."""
+    body = getattr(tower, "vision_model", tower)
+    wanted = [select_layer] if isinstance(select_layer, int) else list(select_layer)
+    return body, [_depth(index, len(body.encoder.layers)) for index in wanted]
+
+
+def _pre_norm(body: Any, embedded: Tensor) -> Tensor:
+    return body.pre_layrnorm(embedded) if hasattr(body, "pre_layrnorm") else embedded
+
+
+def _tower_output(
+    blocks: Any, hidden: Tensor, depths: list[int], has_class: bool, grid: tuple[int, int], pixels: Tensor
+) -> TowerOutput:
+    states, block_input = _run_blocks(blocks, hidden, depths)
+    features = states[depths[0]] if len(depths) == 1 else torch.cat([states[d] for d in depths], dim=-1)
+    signals = block_signals(blocks[max(depths[-1] - 1, 0)], block_input, has_class)
+    following = blocks[depths[-1]] if len(depths) == 1 and depths[-1] < len(blocks) else None
+    return TowerOutput(features, signals, has_class, grid, pixels, following, first=(blocks[0], hidden))
 
 
 def _run_blocks(blocks: Any, hidden: Tensor, depths: list[int]) -> tuple[dict[int, Tensor], Tensor]:
