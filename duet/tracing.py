@@ -188,6 +188,28 @@ def record_pass(segments: list[LayerCount]) -> None:
         active.passes.append(segments)
 
 
+def share_last_pass(rows: list[int], added: list[int]) -> None:
+    """Replace the last pass of every active trace by one of samples that share its rows.
+
+    Args:
+        rows: the row of each sample.
+        added: tokens of each sample that run after what its row holds; none of them is visual.
+    """
+    for active in _ACTIVE.get():
+        if not active.passes:
+            continue
+        active.passes[-1] = [
+            LayerCount(
+                segment.start,
+                segment.stop,
+                [segment.visual[row] for row in rows],
+                [segment.tokens[row] + more for row, more in zip(rows, added, strict=True)],
+                segment.padded_length + max(added),
+            )
+            for segment in active.passes[-1]
+        ]
+
+
 class DropRecorder:
     """Maps what stage 2 keeps back to images, for the traces that are active when a decoder pass starts.
 

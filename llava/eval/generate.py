@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
+from llava.eval.prefix import depends_on_question, find_shared, left_pad, may_be_cut, run_prefixes
 from llava.eval.run_llava import choose_template, generation_options, image_mark, move_pixels
 from llava.mm_utils import process_images, tokenizer_image_token
 
@@ -157,17 +158,19 @@ class Answerer:
         """
         if not ids:
             return []
-        length, device = max(map(len, ids)), self.model.device
-        padded = torch.tensor([[self._pad] * (length - len(row)) + list(row) for row in ids], device=device)
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=device)
         stopping = {"stop_strings": [self._stop], "tokenizer": self.tokenizer} if self._stop else {}
         output = self.model.generate(
-            padded,
-            attention_mask=mask,
-            images=_move(pixels, self.model),
-            image_sizes=list(sizes),
+            **self._prompt(ids, _move(pixels, self.model), list(sizes)),
             pad_token_id=self._pad,
             **(generation_options(0, None, 1, max_new_tokens) | stopping | options),
         )
         texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
         return [(text.split(self._stop)[0] if self._stop else text).strip() for text in texts]
+
+    def _prompt(self, ids: Sequence[Sequence[int]], images: Any, sizes: list[tuple[int, int]]) -> dict[str, Any]:
+        """What the model's `generate` starts from; a beginning that prompts share has run already."""
+        shared = None if depends_on_question(self.model) else find_shared(ids, images)
+        if shared is not None and not may_be_cut(self.model, ids, images):
+            return run_prefixes(self.model, shared, images, sizes, self._pad)
+        padded, mask = left_pad(ids, self._pad, self.model.device)
+        return {"inputs": padded, "attention_mask": mask, "images": images, "image_sizes": sizes}

@@ -154,7 +154,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             inputs: [B, T] prompt ids with `IMAGE_TOKEN_INDEX`; `input_ids=` is taken, too.
             images: All pictures of the batch in the order of the marks, or None.
             image_sizes: Their (width, height).
-            **kwargs: `attention_mask` (default: all valid) and everything that `transformers`' generate takes.
+            **kwargs: `attention_mask` (default: all valid) and everything that `transformers`' generate takes. With
+                `past_key_values` that hold n positions of each prompt, the first n columns of `inputs` stand for them,
+                whatever their ids, and nothing is moved to the left of them.
 
         Returns:
             The new tokens only, [B, n].
@@ -184,7 +186,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         embeds: Any
-        mask, (embeds, visual) = to_left_padding(mask.to(embeds.device), embeds, visual)
+        if kwargs.get("past_key_values") is None:
+            mask, (embeds, visual) = to_left_padding(mask.to(embeds.device), embeds, visual)
         if self.generation_config.max_length is not None and not {"max_length", "generation_config"} & set(kwargs):
             # Old checkpoints store max_length; next to max_new_tokens transformers would complain on every call.
             new_tokens = kwargs.pop("max_new_tokens", None)

@@ -1,0 +1,124 @@
+"""Questions about one picture share its prefix: the same answers, one run of the picture, the same ledger."""
+
+import pytest
+import runner_world
+import torch
+from PIL import Image
+
+import duet
+from llava.eval import prefix
+from llava.eval.generate import Answerer
+from llava.eval.ledger import sample_metadata
+from llava.model.builder import load_pretrained_model
+
+STAGE_1_ONLY = duet.DuetConfig(dominant=10, contextual=2, schedule={})
+TWO_STAGES = duet.DuetConfig(dominant=10, contextual=2, schedule={1: 0.5, 3: 0.0})
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    path = runner_world.build_model(tmp_path_factory.mktemp("prefix"))
+    return load_pretrained_model(str(path), None, "tiny-llava", device="cpu")[:3]
+
+
+@pytest.fixture
+def answerer(loaded):
+    tokenizer, model, processor = loaded
+    model.set_reduction(None)
+    yield Answerer(model, tokenizer, processor, "vicuna_v1")
+    model.set_reduction(None)
+    model.config.tokenizer_model_max_length = 2048
+
+
+def picture(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(0, 256, (40, 60, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+ONE, TWO = picture(1), picture(2)
+BATCH = [
+    ("What is it?", [ONE]),
+    ("Is there a red one on the left of it, or not?", [ONE]),
+    ("What is it?", [TWO]),
+    ("Why?", [ONE]),
+    ("Which of the two?", [ONE, TWO]),
+    ("Are they the same, and where?", [ONE, TWO]),
+    ("Where?", [TWO]),
+]
+
+
+@pytest.fixture
+def counted(answerer, monkeypatch):
+    """(rows, columns) of every prefill that the decoder runs."""
+    shapes, layer = [], answerer.model.model.layers[0]
+    hook = layer.register_forward_hook(lambda module, given, out: shapes.append(tuple(given[0].shape[:2])))
+    yield shapes
+    hook.remove()
+
+
+@pytest.mark.parametrize("reduction", [None, STAGE_1_ONLY], ids=["full", "stage 1"])
+def test_shared_prefixes_give_the_same_answers(answerer, reduction, counted):
+    answerer.model.set_reduction(reduction)
+    alone = [answerer.answer([sample], 10)[0] for sample in BATCH]
+    counted.clear()
+    assert answerer.answer(BATCH, 10) == alone
+    assert len(set(alone)) > 4, "answers that are all alike prove nothing"
+    assert counted[0][0] == 3, "two pictures alone, and one pair"
+    assert counted[1][0] == len(BATCH)
+    assert counted[1][1] < 40 < counted[0][1], "what comes after the pictures is short"
+
+
+def test_prefixes_are_shared_only_where_the_picture_does_not_depend_on_the_question(answerer, counted):
+    answerer.model.set_reduction(TWO_STAGES)
+    alone = [answerer.answer([sample], 10)[0] for sample in BATCH]
+    counted.clear()
+    assert answerer.answer(BATCH, 10) == alone
+    assert counted[0][0] == len(BATCH)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [("What is it?", [ONE]), ("What is it?", [TWO])],
+        [("What is it?", [ONE]), ("Why?", [ONE]), ("No picture?", [])],
+        [("Why <image>", [ONE]), ("<image>", [ONE])],
+    ],
+    ids=["nothing in common", "a text-only question", "nothing after the picture but the template"],
+)
+def test_other_batches(answerer, batch):
+    assert answerer.answer(batch, 6) == [answerer.answer([sample], 6)[0] for sample in batch]
+
+
+def test_a_prompt_that_the_context_cuts_runs_whole(answerer, counted):
+    answerer.model.config.tokenizer_model_max_length = 100
+    alone = [answerer.answer([sample], 6)[0] for sample in BATCH[:2]]
+    counted.clear()
+    assert answerer.answer(BATCH[:2], 6) == alone
+    assert counted[0] == (2, 100)
+
+
+@pytest.mark.parametrize("reduction", [None, STAGE_1_ONLY], ids=["full", "stage 1"])
+def test_the_ledger_is_that_of_single_questions(answerer, reduction):
+    answerer.model.set_reduction(reduction)
+
+    def facts(batch):
+        with duet.trace(images=False) as trace:
+            answerer.answer(batch, 3)
+        assert len(trace.passes) == 1
+        tokens = [segment.tokens for segment in trace.passes[0]]
+        return sample_metadata(trace, [36 * len(pictures) for _, pictures in batch], None), tokens
+
+    shared, shared_tokens = facts(BATCH)
+    for place, sample in enumerate(BATCH):
+        single, tokens = facts([sample])
+        assert shared[place] == single[0]
+        assert [column[place] for column in shared_tokens] == [column[0] for column in tokens]
+
+
+def test_prompts_without_a_common_object_share_nothing():
+    same, other = torch.zeros(3, 2, 2), torch.zeros(3, 2, 2)
+    assert prefix.find_shared([[1, -200, 2], [1, -200, 3]], [same, other]) is None
+    assert prefix.find_shared([[1, -200], [1, -200]], [same, same]) is None, "no suffix to go on with"
+    assert prefix.find_shared([[1, -200, 2], [9, -200, 3]], [same, same]) is None, "other words in front"
+    found = prefix.find_shared([[1, -200, 2], [1, -200, 3, 4]], [same, same])
+    assert found == prefix.Shared([[1, -200]], [[0]], [0, 0], [[2], [3, 4]])
