@@ -31,6 +31,8 @@ class Prompt:
         visual_mask: [B, L] bool, the positions that hold visual tokens; None before they are inserted.
         labels: [B, L] or None.
         answer_mask: [B, L] bool, positions that must not rank; None where labels say so.
+        next_position: [B], the rotary position of the token that follows each sample; None is one after its largest.
+        additions: [B, L, D] each, what the outputs of the decoder's first layers get added; zero where nothing is.
     """
 
     inputs_embeds: Tensor
@@ -39,6 +41,8 @@ class Prompt:
     visual_mask: Tensor | None = None
     labels: Tensor | None = None
     answer_mask: Tensor | None = None
+    next_position: Tensor | None = None
+    additions: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,14 @@ class Encoded:
         counts: K of each image.
         offsets: [sum of K] which of its image's placeholders each token takes, ascending within an image; None takes
             the first ones. It matters only where positions were given for the placeholders.
+        additions: [sum of K, D] each, what is added to the tokens after the decoder's first layers (DeepStack).
         extra: what a family wants to hand on to the decoder besides.
     """
 
     tokens: Tensor
     counts: list[int]
     offsets: Tensor | None = None
+    additions: Sequence[Tensor] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -140,9 +146,15 @@ def insert(prompt: Prompt, kinds: Sequence[tuple[Pictures, Tensor, Encoded]], pr
         kept = [_kept(pictures, mark, encoded) for pictures, mark, encoded in kinds]
         prompt, marks = _shrink(prompt, marks, kept)
     embeds = prompt.inputs_embeds
+    additions = [torch.zeros_like(embeds) for _ in kinds[0][2].additions]
     for mark, (_, _, encoded) in zip(marks, kinds, strict=True):
-        embeds = embeds.masked_scatter(mark.unsqueeze(-1), encoded.tokens.to(embeds.device, embeds.dtype))
-    return replace(prompt, inputs_embeds=embeds, visual_mask=torch.stack(marks).any(0))
+        embeds = _fill(embeds, mark, encoded.tokens)
+        additions = [_fill(x, mark, tokens) for x, tokens in zip(additions, encoded.additions, strict=True)]
+    return replace(prompt, inputs_embeds=embeds, additions=additions, visual_mask=torch.stack(marks).any(0))
+
+
+def _fill(x_BLD: Tensor, mark_BL: Tensor, tokens_KD: Tensor) -> Tensor:
+    return x_BLD.masked_scatter(mark_BL.unsqueeze(-1), tokens_KD.to(x_BLD.device, x_BLD.dtype))
 
 
 def _kept(pictures: Pictures, marks: Tensor, encoded: Encoded) -> Tensor:
@@ -181,7 +193,8 @@ def _shrink(prompt: Prompt, marks: list[Tensor], kept: list[Tensor]) -> tuple[Pr
     positions = prompt.position_ids
     if positions is not None:  # one axis counts tokens, so it starts again; several axes say where a token is
         positions = None if positions.dim() == 2 else positions.gather(2, index.expand(len(positions), -1, -1))
-    shrunk = Prompt(
+    shrunk = replace(
+        prompt,
         inputs_embeds=gather_tokens(prompt.inputs_embeds, index),
         attention_mask=new_valid,
         position_ids=positions,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -97,6 +97,8 @@ class ReducedModel:
             labels=prompt.labels,
             answer_mask=prompt.answer_mask,
             query_indices=query_indices,
+            next_position=prompt.next_position,
+            additions=prompt.additions,
             past_key_values=past_key_values,
             use_cache=use_cache,
             config=config,
@@ -131,10 +133,10 @@ class HostFamily(Family):
         """Return the language model without its head."""
         return model.model.language_model
 
-    def positions(self, model: Any, ids_or_embeds: Tensor, prompt: Prompt, inputs: Mapping[str, Any], cache: Any):
-        """Return the rotary positions of the unreduced prompt; multi-axis families compute theirs here."""
+    def place(self, model: Any, ids_or_embeds: Tensor, prompt: Prompt, inputs: Mapping[str, Any], cache: Any) -> Prompt:
+        """Return the unreduced prompt with its rotary positions; multi-axis families compute theirs here."""
         del model, ids_or_embeds, inputs, cache
-        return prompt.position_ids
+        return prompt
 
     def decoder_arguments(self, encoded: Mapping[str, Encoded]) -> dict[str, Any]:
         """Return further arguments of ``run_decoder``."""
@@ -155,7 +157,7 @@ def _read_pictures(
 ) -> tuple[Prompt, dict[str, Encoded]]:
     """Encode the images of a batch and put their tokens in the place of their placeholders."""
     family = model._duet.family
-    prompt = replace(prompt, position_ids=family.positions(model, ids_or_embeds, prompt, inputs, cache))
+    prompt = family.place(model, ids_or_embeds, prompt, inputs, cache)
     kinds = []
     for pictures in family.pictures(model, inputs):
         marks = placeholders(model, ids_or_embeds, pictures.token_id)
