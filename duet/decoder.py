@@ -372,7 +372,8 @@ class _ReducedPass:
         if self._config.positions == "original" or (self._config.positions == "auto" and self._multi_axis):
             return state
         positions = compact_positions(state.valid, len(lengths), length, state.hidden.device)
-        return replace(state, positions=positions)
+        self._next = None
+        return replace(state, positions=positions.expand(*state.positions.shape[:-2], -1, -1))
 
     def _next_position(self, state: TokenState) -> Tensor:
         """Return the rotary position after the last token of each sample. Shapes: [B], or [A, B] for several axes."""
