@@ -14,6 +14,8 @@ from typing import Any
 
 from duet import budget
 from duet.config import DuetConfig
+from duet.stage1 import VISION_REDUCERS
+from duet.stage2 import LANGUAGE_REDUCERS
 
 _DEPTH = 32
 _CONTEXTUAL_SHARE = 5 / 32  # VisionZip: 162 + 30, 108 + 20, 54 + 10
@@ -82,11 +84,61 @@ METHODS: dict[str, Method] = {
 }
 
 
+def check_pair(vision: str, language: str) -> None:
+    """Refuse two reducers that cannot be combined; either may be ``"none"``.
+
+    Raises:
+        ValueError: one is unknown, or both are of one kind; the message says which reducers there are.
+    """
+    vision_names, language_names = VISION_REDUCERS.names(), LANGUAGE_REDUCERS.names()
+    pair = f"{vision}+{language}"
+    if vision == language == "none":
+        raise ValueError("none+none reduces nothing; name a vision or a language reducer")
+    if language in vision_names and language not in language_names:
+        raise ValueError(
+            f"{pair}: {language} is a vision reducer, and a pair has one of each, VISION+LANGUAGE; "
+            f"language reducers: {', '.join(language_names)}"
+        )
+    if vision in language_names and vision not in vision_names:
+        raise ValueError(f"{pair}: {vision} is a language reducer; write it second, for example none+{vision}")
+    if vision != "none":
+        VISION_REDUCERS.get(vision)
+    if language != "none":
+        LANGUAGE_REDUCERS.get(language)
+
+
+def find(name: str) -> Method:
+    """Return a method, or the combination of two, ``VISION+LANGUAGE``.
+
+    Either half is an entry of ``METHODS`` of its kind, a reducer's name, or ``"none"``. A pair drops where its language
+    half does (a reducer without an entry: where DUET does), and the number of tokens that enter is what a budget sets.
+
+    Raises:
+        ValueError: there is no such method, or the two cannot be combined.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if "+" not in name:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(sorted(METHODS))}, or VISION+LANGUAGE")
+    first, second = name.rsplit("+", 1)
+    vision, language = METHODS.get(first), METHODS.get(second)
+    # An entry of the other kind, or of both kinds, cannot be a half; its name may still be a reducer's.
+    vision = vision if vision is not None and not vision.schedule else Method(first, {}, "entering", first)
+    if language is None or language.stage1 != "none":
+        schedule = {} if second == "none" else _DUET
+        language = Method("none", schedule, "ratios", second, {} if second == "none" else {"stage2": second})
+    check_pair(vision.stage1, "none" if second == "none" else str(language.options.get("stage2", "text_guided")))
+    if vision.stage1 == "none":
+        return language
+    options = {**vision.options, **language.options}
+    return Method(vision.stage1, language.schedule, "entering", f"{vision.source}; {language.source}", options)
+
+
 def solve(name: str, tokens: float, patches: int, num_layers: int, **overrides: Any) -> DuetConfig:
     """Return a method's configuration for a budget.
 
     Args:
-        name: a key of ``METHODS``.
+        name: a key of ``METHODS``, or a pair (``find``).
         tokens: wanted average of visual tokens per layer, for one image.
         patches: patches of an image.
         num_layers: depth of the decoder.
@@ -96,9 +148,7 @@ def solve(name: str, tokens: float, patches: int, num_layers: int, **overrides: 
         BudgetError: the nearest average that the method reaches is more than half a token away.
         ValueError: unknown method.
     """
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(sorted(METHODS))}")
-    method = METHODS[name]
+    method = find(name)
     # A drop after the first layers of 32 stays a drop after at least one layer of a shallower model.
     layers = {max(1, round(layer * num_layers / _DEPTH)): ratio for layer, ratio in method.schedule.items()}
     values = {"stage1": method.stage1, "schedule": layers, "depth": num_layers, **method.options}

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from duet import DuetConfig
 from duet.config import declared_options
+from duet.methods import check_pair
 
 _PRESET = "llava-1.5-7b"
 # The default schedule is the paper's, written for 32 layers; other depths scale it.
@@ -96,6 +97,8 @@ class ReductionArguments:
         if "reduction_options" in given:
             overrides["options"] = parse_options(given["reduction_options"])
         schedule = parse_schedule(given.get("layer_list"), given.get("image_token_ratio_list"))
+        if schedule and "schedule" in overrides:
+            raise ValueError(f"--reduce {given['reduce']} drops nothing in the decoder, so --layer_list has no effect")
         if schedule is not None:
             overrides |= {"schedule": schedule, "depth": None}
         return overrides
@@ -124,7 +127,7 @@ def parse_pair(text: str, given: dict[str, Any]) -> dict[str, Any]:
     """Read `VISION+LANGUAGE`, where either name may be `none`.
 
     Raises:
-        ValueError: It is no pair, or `--stage1` or `--stage2` was given as well.
+        ValueError: It is no pair, the two cannot be combined, or `--stage1` or `--stage2` was given as well.
     """
     names = [name.strip() for name in text.split("+")]
     if len(names) != 2 or not all(names):
@@ -132,6 +135,8 @@ def parse_pair(text: str, given: dict[str, Any]) -> dict[str, Any]:
     if {"stage1", "stage2"} & set(given):
         raise ValueError(f"--reduce {text} names both methods; leave --stage1 and --stage2 out")
     vision, language = names
+    if names != ["none", "none"]:
+        check_pair(vision, language)
     return {"stage1": vision} | ({"schedule": {}} if language == "none" else {"stage2": language})
 
 
