@@ -26,8 +26,9 @@ class DuetConfig:
     """Which visual tokens survive, in the vision tower (stage 1) and in the language model (stage 2).
 
     Attributes:
-        dominant: ``k1``, the most attended patches, kept as they are (tokens per tower pass).
-        contextual: ``k2``, tokens that each average a local cluster of the rest (tokens per tower pass).
+        dominant: ``k1``, the most attended patches, kept as they are (tokens per tower pass). A float between 0 and 1
+            is a share of the patches, for towers whose pictures differ in size.
+        contextual: ``k2``, tokens that each average a local cluster of the rest (tokens per tower pass, or a share).
         cluster_width: ``w``, how many residual tokens one contextual token averages.
         schedule: number of decoder layers that have run -> share of the entering visual tokens that is kept.
         queries: the text rows that rank visual tokens in stage 2: ``"last"``, ``"all"``, ``"salient"``, or a tuple of
@@ -48,8 +49,8 @@ class DuetConfig:
     Source: DUET-VLM Sec. 3, Algorithm 1, Tables 12-15.
     """
 
-    dominant: int = 300
-    contextual: int = 7
+    dominant: int | float = 300
+    contextual: int | float = 7
     cluster_width: int = 4
     schedule: Mapping[int, float] = field(default_factory=_default_schedule)
     queries: str | tuple[int, ...] = "last"
@@ -72,7 +73,12 @@ class DuetConfig:
 
     def _check_stage1(self) -> None:
         for name in ("dominant", "contextual"):
-            _check_count(name, getattr(self, name), least=0)
+            _check_count_or_share(name, getattr(self, name))
+        if self.in_shares and not 0 < self.dominant + self.contextual <= 1:
+            raise ValueError(
+                f"dominant and contextual must both be counts or both be shares that add up to at most 1, got "
+                f"{self.dominant!r} and {self.contextual!r}"
+            )
         _check_count("cluster_width", self.cluster_width, least=1)
         _check_count("salient_tokens", self.salient_tokens, least=1)
         _check_choice("variant", self.variant, VARIANTS)
@@ -80,9 +86,9 @@ class DuetConfig:
             from duet.stage1 import VISION_REDUCERS
 
             VISION_REDUCERS.get(self.stage1)
-            if self.entering < 1:
+            if not self.in_shares and self.entering < 1:
                 raise ValueError("dominant + contextual must be at least 1; use stage1='none' to keep every patch")
-            if self.counts_class_token and self.dominant < 1:
+            if self.counts_class_token and not self.in_shares and self.dominant < 1:
                 raise ValueError("dominant must be at least 1 here: the class token counts as one dominant token")
 
     def _check_stage2(self) -> None:
@@ -104,8 +110,29 @@ class DuetConfig:
 
     @property
     def entering(self) -> int:
-        """``k1 + k2``: visual tokens that stage 1 hands on per tower pass."""
-        return self.dominant + self.contextual
+        """``k1 + k2``: visual tokens that stage 1 hands on per tower pass.
+
+        Raises:
+            ValueError: they are shares; ``for_patches`` turns them into counts.
+        """
+        if self.in_shares:
+            raise ValueError("dominant and contextual are shares; for_patches(n) gives the counts for n patches")
+        return int(self.dominant + self.contextual)
+
+    @property
+    def in_shares(self) -> bool:
+        """Whether ``dominant`` and ``contextual`` are shares of the patches."""
+        return isinstance(self.dominant, float) or isinstance(self.contextual, float)
+
+    def for_patches(self, patches: int) -> DuetConfig:
+        """Return the same configuration with shares as counts of ``patches`` patches, rounded; at least one stays."""
+        if not self.in_shares:
+            return self
+        dominant = round(self.dominant * patches)
+        contextual = min(round(self.contextual * patches), patches - dominant)
+        if dominant + contextual == 0 or (self.counts_class_token and dominant == 0):
+            dominant = 1
+        return replace(self, dominant=dominant, contextual=contextual)
 
     def option(self, name: str) -> Any:
         """Return one of ``options``, or the default that the chosen methods declare for it.
@@ -166,11 +193,11 @@ class DuetConfig:
         _check_schedule_depth(schedule, num_layers)
         return replace(self, schedule=schedule, depth=num_layers)
 
-    def validate(self, patches: int, num_layers: int, class_token: bool = True) -> None:
+    def validate(self, patches: int | None, num_layers: int, class_token: bool = True) -> None:
         """Check the configuration against a model.
 
         Args:
-            patches: patches per tower pass.
+            patches: patches per tower pass; None where pictures differ in size, so that no budget is too large.
             num_layers: decoder depth.
             class_token: whether the tower has a class token.
 
@@ -178,7 +205,7 @@ class DuetConfig:
             ValueError: more tokens are asked for than there are patches, or the schedule does not fit the depth.
         """
         self.for_depth(num_layers)
-        if self.stage1 == "none" or self.adaptive:
+        if self.stage1 == "none" or self.adaptive or self.in_shares or patches is None:
             return
         available = patches + int(class_token and self.counts_class_token)
         if self.entering > available:
@@ -204,7 +231,7 @@ class DuetConfig:
 
         For an adaptive method this is the most that may enter; what did is in the trace.
         """
-        return patches if self.stage1 == "none" or self.adaptive else self.entering
+        return patches if self.stage1 == "none" or self.adaptive else self.for_patches(patches).entering
 
     def tokens_per_layer(self, patches: int, num_layers: int) -> list[int]:
         """Return the visual tokens that each decoder layer sees for one image."""
@@ -222,7 +249,8 @@ class DuetConfig:
 
     def keeps_every_patch(self, patches: int) -> bool:
         """Return whether stage 1 hands on ``patches`` patches as they are, whatever its method."""
-        return not self.counts_class_token and self.dominant == patches and self.contextual == 0
+        counts = self.for_patches(patches)
+        return not self.counts_class_token and counts.dominant == patches and counts.contextual == 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary; ``from_dict`` reads it back."""
@@ -296,6 +324,13 @@ def _clean_option(name: str, value: Any, default: Any) -> Any:
 def _check_count(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_count_or_share(name: str, value: object) -> None:
+    if not isinstance(value, float):
+        _check_count(name, value, least=0)
+    elif not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be a count (an integer) or a share between 0 and 1, got {value!r}")
 
 
 def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -53,6 +53,7 @@ def encode_vision(
     body, depths = _parts(tower, select_layer)
     reduces = config is not None and config.stage1 != "none"
     patches = math.prod(_grid(pixel_values, body))
+    config = config.for_patches(patches) if config is not None else None
     if reduces and config.keeps_every_patch(patches):  # type: ignore[union-attr]
         reduces = class_token = False
 
