@@ -60,6 +60,10 @@ class TowerSignals:
         self._heads = int(attention.num_heads)
         self.class_token = class_token
 
+    def select(self, index_B: Tensor) -> TowerSignals:
+        """Return the signals of the images with the given numbers."""
+        return TowerSignals(self._hidden[index_B.to(self._hidden.device)], self._attention, self.class_token)
+
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self._heads, -1)).transpose(1, 2)
 

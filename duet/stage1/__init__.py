@@ -11,7 +11,7 @@ method ``encode(blocks, hidden, class_token, grid, config)`` runs the tower's bl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from duet.config import DuetConfig
     from duet.question import Question
 
-CLASS_TOKEN, DOMINANT, CONTEXTUAL = 0, 1, 2
-KIND_NAMES = ("class", "dominant", "contextual")
+CLASS_TOKEN, DOMINANT, CONTEXTUAL, NEWLINE = 0, 1, 2, 3
+KIND_NAMES = ("class", "dominant", "contextual", "newline")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,19 @@ class TowerOutput:
     def patches(self) -> Tensor:
         """Patch features, [B, N, D]."""
         return self.features[:, 1:] if self.class_token else self.features
+
+    def select(self, index_B: Tensor) -> TowerOutput:
+        """Return the passes with the given numbers, every one a picture of its own."""
+        index = index_B.to(self.features.device)
+        return replace(
+            self,
+            features=self.features[index],
+            signals=self.signals.select(index),
+            pixels=self.pixels[index],
+            tiles=None,
+            question=None if self.question is None else self.question.select(index),
+            first=None if self.first is None else (self.first[0], self.first[1][index]),
+        )
 
     def next_signals(self) -> TowerSignals:
         """Return the signals of the block that would run next.
