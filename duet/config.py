@@ -14,6 +14,7 @@ from duet.presets import PRESETS
 QUERIES = ("last", "all", "salient")
 POSITIONS = ("auto", "compact", "original")
 VARIANTS = ("paper", "release")
+PER = ("pass", "picture")
 CONFIG_KEY = "duet"
 
 
@@ -43,6 +44,8 @@ class DuetConfig:
             ``None`` takes the layers literally.
         seed: what choices at random start from, in the methods that make any.
         options: settings that only the chosen methods know, by name; each has a default (see ``Registry.register``).
+        per: what has ``dominant + contextual`` tokens: ``"pass"``, every tower pass (a tile, a frame), so that larger
+            pictures keep more; or ``"picture"``, an image or a video, whose passes share the counts evenly.
 
     Raises:
         ValueError: a field is out of range; the message names it.
@@ -62,6 +65,7 @@ class DuetConfig:
     depth: int | None = None
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    per: str = "pass"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", _clean_schedule(self.schedule))
@@ -82,6 +86,7 @@ class DuetConfig:
         _check_count("cluster_width", self.cluster_width, least=1)
         _check_count("salient_tokens", self.salient_tokens, least=1)
         _check_choice("variant", self.variant, VARIANTS)
+        _check_choice("per", self.per, PER)
         if self.stage1 != "none":
             from duet.stage1 import VISION_REDUCERS
 
@@ -152,7 +157,7 @@ class DuetConfig:
 
     @classmethod
     def preset(cls, name: str, tokens: int, **overrides: Any) -> DuetConfig:
-        """Return a row of the paper's Tables 12-15, for one tower pass.
+        """Return a row of the paper's Tables 12-15, for one tower pass, or with ``per="picture"`` as it is printed.
 
         Args:
             name: a key of ``duet.presets.PRESETS``, for example ``"llava-1.5-7b"``.
@@ -170,9 +175,10 @@ class DuetConfig:
                 f"preset {name!r} has rows {sorted(rows)}, not {tokens}; use budget.solve_entering for others"
             )
         row = rows[tokens]
+        units = 1 if overrides.get("per") == "picture" else row.units
         values: dict[str, Any] = {
-            "dominant": row.dominant // row.units,
-            "contextual": row.contextual // row.units,
+            "dominant": row.dominant // units,
+            "contextual": row.contextual // units,
             "schedule": dict(row.schedule),
             "depth": row.depth,
         }
@@ -205,7 +211,7 @@ class DuetConfig:
             ValueError: more tokens are asked for than there are patches, or the schedule does not fit the depth.
         """
         self.for_depth(num_layers)
-        if self.stage1 == "none" or self.adaptive or self.in_shares or patches is None:
+        if self.stage1 == "none" or self.adaptive or self.in_shares or patches is None or self.per == "picture":
             return
         available = patches + int(class_token and self.counts_class_token)
         if self.entering > available:
@@ -258,8 +264,9 @@ class DuetConfig:
         out["schedule"] = {str(layer): ratio for layer, ratio in self.schedule.items()}
         out["queries"] = self.queries if isinstance(self.queries, str) else list(self.queries)
         out["options"] = dict(self.options)
-        if not self.options:  # as it was before there were options, so that digests of settings stay
-            del out["options"]
+        for name, usual in (("options", {}), ("per", "pass")):  # left out, so that digests of older settings stay
+            if out[name] == usual:
+                del out[name]
         return out
 
     @classmethod
