@@ -202,15 +202,16 @@ class DecoderSignals:
             yield rows, counted, self._probabilities(queries, self._causal(rows, keys.shape[2]), keys)
 
     def position_prior(self, index_BR: Tensor) -> Tensor:
-        """Return the scaled logits that positions alone make: queries and keys of ones, rotated. Shapes: [B, R, L].
+        """Return the logits that positions alone make, relative to that of a position with itself. Shapes: [B, R, L].
 
+        Queries and keys of ones are rotated and multiplied: 1 at distance zero, falling with distance, maybe below 0.
         Source: SparseVLM 2.0's correction of attention that decays with distance.
         """
         cos, sin = (table.expand(index_BR.shape[0], -1, -1).float() for table in self._rotary)
         ones = cos.new_ones(len(cos), 1, cos.shape[1], int(self._attention.head_dim))
-        rotated = rotate(ones, cos, sin)[:, 0]
-        queries = rotated.gather(1, index_BR.unsqueeze(-1).expand(-1, -1, rotated.shape[-1]))
-        return queries @ rotated.transpose(-1, -2) * self._attention.scaling
+        keys = rotate(ones, cos, sin)[:, 0]
+        queries = keys.gather(1, index_BR.unsqueeze(-1).expand(-1, -1, keys.shape[-1]))
+        return queries @ keys.transpose(-1, -2) / (queries * queries).sum(-1, keepdim=True)
 
     def received_among(self, index_BT: Tensor, counted_BT: Tensor) -> Tensor:
         """Return the attention that text tokens receive from later text tokens, per reader, averaged over heads.
