@@ -20,6 +20,7 @@ from typing import Any
 
 from llava.eval.generate import Answerer, template_for
 from llava.eval.ledger import ModelShape, bill
+from llava.eval.plans import read_geometry
 from llava.eval.processes import Processes
 from llava.eval.runner import (
     RESULT_SUFFIX,
@@ -33,7 +34,7 @@ from llava.eval.runner import (
 )
 from llava.eval.settings import model_fingerprint
 from llava.eval.tasks import TASKS
-from llava.eval.tasks.base import BadEvalData, Question, Task
+from llava.eval.tasks.base import BadEvalData, Question, Task, part_of
 from llava.eval.video import require_reader
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
@@ -58,9 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser, model_help: str = "checkpoint folder or hub name") -> None:
     """Add the flags that say which model answers which benchmarks, where and how fast."""
-    parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
+    parser.add_argument("--model-path", required=True, help=model_help)
     parser.add_argument("--model-base", default=None, help="base model of a LoRA or projector folder")
     parser.add_argument("--benchmarks", required=True, help="names, separated by commas; all: every picture benchmark")
     parser.add_argument("--root", type=Path, default=Path("playground/data/eval"), help="where the benchmarks lie")
@@ -68,6 +69,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="questions at once; the answers do not depend on it")
     parser.add_argument("--workers", type=int, default=2, help="processes that load pictures, for each rank")
     parser.add_argument("--limit", type=int, default=None, help="ask only the first so many questions; no score")
+    parser.add_argument(
+        "--limit-pictures", type=int, default=None, metavar="N",
+        help="ask and score questions about N pictures only, spread evenly (tiny and pope)",
+    )  # fmt: skip
     parser.add_argument("--conv-mode", default=None, help="template (default: the model's own, else vicuna_v1)")
     parser.add_argument("--device", default="cuda", help="cuda (NVIDIA and AMD) or cpu")
     parser.add_argument("--dtype", default=None, help="float16, bfloat16 or float32 (default: fp16; fp32 on a CPU)")
@@ -85,10 +90,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the flag.
     """
-    for flag, least in (("batch", 1), ("workers", 0), ("limit", 1)):
+    for flag, least in (("batch", 1), ("workers", 0), ("limit", 1), ("limit_pictures", 1)):
         value = getattr(args, flag)
         if value is not None and value < least:
-            raise ValueError(f"--{flag} {value} must be at least {least}")
+            raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least {least}")
 
 
 def check_row(args: argparse.Namespace) -> None:
@@ -104,18 +109,37 @@ def check_row(args: argparse.Namespace) -> None:
         raise ValueError(f"--name {args.name!r} becomes a folder's name; leave out slashes")
 
 
-def choose_tasks(names: str) -> list[Task]:
-    """The benchmarks by name; `all` is every one about pictures that has a column of its own in the paper's tables.
+def check_reduction(args: argparse.Namespace) -> None:
+    """Refuse a reduction that does not fit the model, before its weights are loaded.
 
     Raises:
-        ValueError: one is unknown.
+        ValueError: what does not fit.
+    """
+    if args.no_reduction:
+        return
+    geometry = read_geometry(args.model_path, args.model_base)
+    config = ReductionArguments.from_namespace(args).to_config(geometry.reduction)
+    if config is not None:
+        config.validate(geometry.patches, geometry.layers)
+
+
+def choose_tasks(names: str, pictures: int | None = None) -> list[Task]:
+    """The benchmarks by name; `all` is every one about pictures that has a column of its own in the paper's tables.
+
+    Args:
+        names: separated by commas.
+        pictures: of how many pictures, None for all.
+
+    Raises:
+        ValueError: one is unknown, or cannot be asked in part.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if wanted == ["all"]:
         wanted = ["pope", "gqa", "textvqa", "mme", "scienceqa", "seed_image"]
     if not wanted:
         raise ValueError("--benchmarks names no benchmark")
-    return [TASKS.get(name)() for name in dict.fromkeys(wanted)]
+    kinds = [TASKS.get(name) for name in dict.fromkeys(wanted)]
+    return [kind() if pictures is None else part_of(kind, pictures) for kind in kinds]
 
 
 def find_questions(
@@ -252,7 +276,8 @@ def open_session(args: argparse.Namespace, processes: Processes) -> Session:
         ValueError: a wrong request, or wrong data.
     """
     check_arguments(args)
-    found = find_questions(choose_tasks(args.benchmarks), args.root, args.limit, args.on_missing == "skip")
+    tasks = choose_tasks(args.benchmarks, args.limit_pictures)
+    found = find_questions(tasks, args.root, args.limit, args.on_missing == "skip")
     tokenizer, model, image_processor = load(args, processes)
     fingerprint = processes.from_first(
         model_fingerprint(args.model_path, args.model_base, model.config) if processes.first else None
@@ -274,6 +299,7 @@ def evaluate(args: argparse.Namespace, processes: Processes) -> bool:
         ValueError: a wrong request, or wrong data.
     """
     check_row(args)
+    check_reduction(args)
     session = open_session(args, processes)
     return session.run(run_options(args, args.name or default_name(session.model_name, session.model)))
 

@@ -220,12 +220,12 @@ def number(value: float | None, form: str) -> str:
     return "n/a" if value is None else format(value, form)
 
 
-def cost_cells(row: Any) -> list[str]:
-    """The cells below `COST_HEADS` of anything that has these attributes."""
-    flops = [None if value is None else value / 1e9 for value in (row.prefill_flops, row.tower_flops)]
-    memory = None if row.kv_bytes is None else row.kv_bytes / 2**20
-    cells = [number(value, ".1f") for value in (row.entering, row.retained)]
-    return [*cells, *(number(value, ",.2f") for value in flops), number(memory, ",.2f")]
+def cost_cells(measured: Mapping[str, float | None]) -> list[str]:
+    """The cells below `COST_HEADS`, from a row's attributes."""
+    counts = [number(measured[name], ".1f") for name in ("entering", "retained")]
+    units = {"prefill_flops": 1e9, "tower_flops": 1e9, "kv_bytes": 2**20}
+    scaled = [(measured[name], unit) for name, unit in units.items()]
+    return counts + [number(None if value is None else value / unit, ",.2f") for value, unit in scaled]
 
 
 def markdown(rows: Sequence[Row], baseline: str | None) -> str:
@@ -245,7 +245,7 @@ def markdown(rows: Sequence[Row], baseline: str | None) -> str:
         average = "n/a" if row.average is None else f"{row.average:.1f}% of {row.compared}"
         untouched = ", ".join(f"{stage}: {count}/{of}" for stage, (count, of) in row.untouched.items()) or "n/a"
         cells = [row.name, number(row.tokens, ".2f"), *(_cell(row, name) for name in names), average]
-        lines.append("| " + " | ".join([*cells, number(row.seconds, ".4f"), *cost_cells(row), untouched]) + " |")
+        lines.append("| " + " | ".join([*cells, number(row.seconds, ".4f"), *cost_cells(vars(row)), untouched]) + " |")
     if baseline is not None:
         percent = f"In brackets: percent of {baseline} (of the paper's own baseline in the paper's rows)."
         lines += ["", f"{percent} Avg: their mean, and over how many benchmarks."]

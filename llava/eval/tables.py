@@ -1,0 +1,117 @@
+"""A comparison's table as Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from llava.eval.lines import MEASURED, Line, Result, Run, spread
+from llava.eval.report import COST_HEADS, TOKENS_NOTE, cost_cells, notes, number, title
+
+
+def _cell(line: Line, benchmark: str) -> str:
+    scores = line.scores(benchmark)
+    if not scores:
+        return "incomplete" if any(benchmark in result.row.marks for result in line.results) else "n/a"
+    percents = line.percents(benchmark)
+    share = f" ({fmean(percents):.1f}%)" if percents else ""
+    return spread(scores, 0 if abs(fmean(scores)) >= 200 else 1) + share
+
+
+def _table_line(line: Line, names: Sequence[str]) -> str:
+    cells = [line.plan.label, *(f"{value}" for value in line.plan.point.values())]
+    cells += [_cell(line, name) for name in names]
+    cells.append(f"{spread(line.averages)}%" if line.averages else "n/a")
+    measured = {name: line.mean(name) for name in MEASURED}
+    cells += [number(measured["tokens"], ".2f"), number(measured["seconds"], ".4f"), *cost_cells(measured)]
+    return "| " + " | ".join(cells) + " |"
+
+
+def markdown(lines: Sequence[Line], names: Sequence[str], patches: int, refused: Sequence[str], heading: str) -> str:
+    """One table per budget with the run without reduction as its upper bound, the best average first."""
+    baseline = next(line for line in lines if line.plan.config is None)
+    varied = list(dict.fromkeys(name for line in lines for name in line.plan.point))
+    rows = [result.row for line in lines for result in line.results]
+    head = ["method", *varied, *(title(name, rows) for name in names), "Avg", "visual tokens", "s/sample", *COST_HEADS]
+    out = [heading, ""]
+    for budget in sorted({line.plan.budget for line in lines if line.plan.config is not None}, reverse=True):
+        group = [line for line in lines if line.plan.budget == budget and line.plan.config is not None]
+        group.sort(key=lambda line: -fmean(line.averages or [0]))
+        less = 100 * (1 - budget / patches)
+        out += [f"## Avg {budget:g} tokens (↓ {less:.1f}%)" if budget else "## Other settings", ""]
+        out += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        bound = _table_line(baseline, names).split(" | ", 1)
+        out.append(" | ".join([bound[0] + f" ({patches} tokens)", *["" for _ in varied], bound[1]]))
+        out += [_table_line(line, names) for line in group] + [""]
+    out.append(
+        "In brackets: percent of the run without reduction of the same model; Avg: their mean over benchmarks. "
+        "±: standard deviation over seeds and models."
+    )
+    out += ["", TOKENS_NOTE, "", *notes([baseline.results[0].row], names)]
+    out += [f"- incomplete: {result.row.name} ({result.model})" for line in lines for result in line.results
+            if len(result.row.scores) < len(result.row.marks)]  # fmt: skip
+    out += [f"- not run: {reason}" for reason in refused]
+    return "\n".join(out).rstrip() + "\n"
+
+
+def conditions(runs: Sequence[Run]) -> str:
+    """What was asked of which model on which machine."""
+    records = runs[0][2]
+    about, versions = records[0]["about"], records[0]["about"]["versions"]
+    asked = ", ".join(f"{record['title']} ({record['n_expected']} questions)" for record in records)
+    models = ", ".join(dict.fromkeys(label for _, label, _ in runs))
+    spent = sum(record["seconds_per_sample"] * record["n_scored"] for _, _, group in runs for record in group
+                if record["seconds_per_sample"])  # fmt: skip
+    machine = f"{about['device']} ({versions['machine']}), torch {versions['torch']}"
+    return (
+        f"{models}; {asked}; {machine}; {spent / 60:.1f} minutes of answering in all, at batch {records[0]['batch']}."
+    )
+
+
+def _flat(result: Result, names: Sequence[str]) -> dict[str, Any]:
+    row, plan = result.row, result.plan
+    measured = {name: getattr(row, name) for name in MEASURED}
+    scores = {part: value for name in names for part, value in
+              ((name, row.scores.get(name)), (f"{name}_percent", row.percent.get(name)))}  # fmt: skip
+    head = {"method": plan.label, "budget": plan.budget, **plan.point, "seed": plan.seed, "model": result.model}
+    return head | {"run": row.name, "avg_percent": row.average, "avg_stderr": result.error} | measured | scores
+
+
+def write_csv(path: Path, lines: Sequence[Line], names: Sequence[str]) -> None:
+    """One line per run, with all digits."""
+    rows = [_flat(result, names) for line in lines for result in line.results]
+    heads = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, heads)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def content(lines: Sequence[Line], refused: Sequence[str]) -> dict[str, Any]:
+    """Everything, for a JSON file."""
+    runs = [
+        {
+            "method": result.plan.label,
+            "budget": result.plan.budget,
+            "point": dict(result.plan.point),
+            "seed": result.plan.seed,
+            "model": result.model,
+            "reduction": None if result.plan.config is None else result.plan.config.to_dict(),
+            "error": result.error,
+            **asdict(result.row),
+        }
+        for line in lines
+        for result in line.results
+    ]
+    return {"runs": runs, "not_run": list(refused)}
+
+
+def command_line(program: str, argv: Sequence[str] | None) -> str:
+    """The command as a reader can give it again."""
+    return f"`{program} {shlex.join(sys.argv[1:] if argv is None else argv)}`"
