@@ -45,15 +45,19 @@ class Handle:
         detach(self.model)
 
     def __repr__(self) -> str:
-        entering = self.config.entering_tokens(self.facts.patches)
-        average = self.config.average_tokens(self.facts.patches, self.facts.num_layers)
+        config, patches, layers = self.config, self.facts.patches, self.facts.num_layers
         stages = (
-            ", ".join(f"after layer {layer} keep {ratio:g}" for layer, ratio in self.config.schedule.items()) or "none"
+            ", ".join(f"after layer {layer} keep {ratio:g}" for layer, ratio in config.schedule.items()) or "none"
         )
+        if patches is None:
+            kept = "all" if config.stage1 == "none" else f"{config.dominant} + {config.contextual}"
+            tokens, average = f"{kept} visual tokens per frame, of as many as its size gives", ""
+        else:
+            tokens = f"{patches} -> {config.entering_tokens(patches)} visual tokens per image"
+            average = f"; {config.average_tokens(patches, layers):.2f} on average over {layers} layers"
         return (
-            f"DUET on {self._host_class.__name__}: {self.facts.patches} -> {entering} visual tokens per image "
-            f"(stage 1: {self.config.stage1}, {self.config.variant}), stages in the decoder: {stages}; "
-            f"{average:.2f} on average over {self.facts.num_layers} layers"
+            f"DUET on {self._host_class.__name__}: {tokens} (stage 1: {config.stage1}, {config.variant}), "
+            f"stages in the decoder: {stages}{average}"
         )
 
 
@@ -85,6 +89,7 @@ def attach(model: nn.Module, config: DuetConfig | None = None) -> Handle:
             "no configuration: pass a DuetConfig, for example DuetConfig.preset('llava-1.5-7b', tokens=192)"
         )
     facts = family.facts(model)
+    family.check_config(model, config)
     config.validate(facts.patches, facts.num_layers, facts.class_token)
     handle = Handle(model, config.for_depth(facts.num_layers), facts, family, type(model))
     handle._stored_config = vars(model.config).get(CONFIG_KEY, _MISSING)
