@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from duet.config import DuetConfig
 from duet.registry import Registry
 
 
@@ -20,12 +21,12 @@ class ModelFacts:
     """What a configuration is checked against.
 
     Attributes:
-        patches: patches per tower pass.
+        patches: patches per tower pass; None where pictures differ in size.
         num_layers: decoder layers.
         class_token: whether the tower has a class token.
     """
 
-    patches: int
+    patches: int | None
     num_layers: int
     class_token: bool
 
@@ -43,6 +44,10 @@ class Family(ABC):
     def check(self, model: nn.Module) -> None:
         """Raise ValueError if this particular model cannot be reduced."""
         del model
+
+    def check_config(self, model: Any, config: DuetConfig) -> None:
+        """Raise ValueError if a configuration cannot work with this family."""
+        del model, config
 
 
 FAMILIES: Registry[Family] = Registry("model family", "duet.families")
