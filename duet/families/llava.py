@@ -11,6 +11,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from duet.families import FAMILIES, ModelFacts
 from duet.families.prompt import Encoded, Pictures
 from duet.families.reduced import HostFamily
+from duet.question import Question
 from duet.vision import encode_vision
 
 
@@ -46,12 +47,12 @@ class LlavaFamily(HostFamily):
                 token_id=model.config.image_token_id,
                 expected=[expected] * len(pixels),
                 rows={"pixel_values": None},
-                encode=lambda _: _encode(model, pixels, layer, keeps_class),
+                encode=lambda question: _encode(model, pixels, layer, keeps_class, question),
             )
         ]
 
 
-def _encode(model: Any, pixel_values: Tensor, layer: Any, keeps_class: bool) -> Encoded:
+def _encode(model: Any, pixel_values: Tensor, layer: Any, keeps_class: bool, question: Question | None) -> Encoded:
     """Return the projected visual tokens of images. Shapes: pixels [I, 3, height, width]."""
     projector = model.model.multi_modal_projector
     reduction = encode_vision(
@@ -61,6 +62,7 @@ def _encode(model: Any, pixel_values: Tensor, layer: Any, keeps_class: bool) -> 
         class_token=keeps_class,
         config=model._duet.config,
         project=projector,
+        question=question,
     )
     return Encoded.join(reduction.per_image(projector(reduction.tokens)))
 

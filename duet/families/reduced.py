@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from duet.decoder import DecoderOutput, run_decoder
 from duet.families import Family
 from duet.families.prompt import Encoded, Pictures, Prompt, insert, owners, placeholders
+from duet.queries import answers_from_labels
+from duet.question import Question, asked, is_read, read_question
 
 
 class ReducedModel:
@@ -158,14 +160,29 @@ def _read_pictures(
     """Encode the images of a batch and put their tokens in the place of their placeholders."""
     family = model._duet.family
     prompt = family.place(model, ids_or_embeds, prompt, inputs, cache)
+    found = [(p, placeholders(model, ids_or_embeds, p.token_id)) for p in family.pictures(model, inputs)]
+    question = _question(model, prompt, ids_or_embeds, [marks for _, marks in found], prompt_length)
     kinds = []
-    for pictures in family.pictures(model, inputs):
-        marks = placeholders(model, ids_or_embeds, pictures.token_id)
-        owners(marks, pictures)
-        kinds.append((pictures, marks, pictures.encode(None)))
+    for pictures, marks in found:
+        owner = torch.tensor(owners(marks, pictures))
+        kinds.append((pictures, marks, pictures.encode(None if question is None else question.select(owner))))
     if kinds:
         prompt = insert(prompt, kinds, prompt_length)
     return prompt, {pictures.kind: encoded for pictures, _, encoded in kinds}
+
+
+def _question(
+    model: Any, prompt: Prompt, ids_or_embeds: Tensor, marks: list[Tensor], prompt_length: int | None
+) -> Question | None:
+    """Return what each sample asks, or None where the vision reducer does not listen."""
+    if not marks or not is_read(model._duet.config):
+        return None
+    answers = answers_from_labels(prompt.labels)
+    if prompt_length is not None:
+        answers = (torch.arange(ids_or_embeds.shape[1], device=marks[0].device) >= prompt_length).expand_as(marks[0])
+    text = asked(prompt.attention_mask, torch.stack(marks).any(0), answers)
+    ids = ids_or_embeds if ids_or_embeds.dim() == 2 else None
+    return read_question(ids, prompt.inputs_embeds, text, model._duet.text_encoder)
 
 
 def _repeat_pictures(model: Any, ids_or_embeds: Tensor, inputs: Mapping[str, Any], times: int) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from duet import DuetConfig
+from duet.question import Question, asked, is_read, read_question
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -133,11 +134,16 @@ class LlavaMetaForCausalLM(ABC):
             config.validate(patches=tower.num_patches, num_layers=self.config.num_hidden_layers, class_token=True)
         self.config.duet = config.to_dict()
 
-    def encode_images(self, images: Tensor) -> Tensor | list[Tensor]:
+    def encode_images(
+        self, images: Tensor, question: Question | None = None, tiles: list[tuple[int, int]] | None = None
+    ) -> Tensor | list[Tensor]:
         """Pictures to language-model tokens: tower, stage 1, projector.
 
         Args:
             images: [B, 3, H, W].
+            question: What is asked about each picture, for reductions that listen.
+            tiles: (rows, columns) of tiles of each picture, whose passes follow that of the whole picture; (0, 0) for
+                one without tiles, None when each of `images` is a picture of its own.
 
         Returns:
             [B, K, D]; K is every patch when no reduction is set. A list of [K_i, D] where the reduction finds the
@@ -145,8 +151,10 @@ class LlavaMetaForCausalLM(ABC):
         """
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
         reduction = self.reduction
-        # Without a reduction the call is LLaVA's own, for projects that replace the tower's forward.
-        features = tower(images) if reduction is None else tower(images, reduction=reduction, project=projector)
+        # Only what is set is passed on, for projects that replace the tower's forward or encode_images.
+        further = {"reduction": reduction, "question": question, "tiles": tiles}
+        further |= {"project": projector} if reduction is not None else {}
+        features = tower(images, **{name: value for name, value in further.items() if value is not None})
         ragged = isinstance(features, list)
         flat = torch.cat(features) if ragged else features
         weight = next(projector.parameters(), None)
@@ -180,7 +188,8 @@ class LlavaMetaForCausalLM(ABC):
         if self.get_vision_tower() is None or not has_images or decoding:
             self._refuse_slots(input_ids)
             return SplicedInputs((input_ids, position_ids, attention_mask, past_key_values, None, labels))
-        features = self._image_features(images, image_sizes)
+        question = self._question(input_ids, attention_mask, labels)
+        features = self._image_features(images, image_sizes, input_ids, question)
         batch = self._splice(input_ids, attention_mask, labels, features)
         return SplicedInputs(
             (
@@ -222,21 +231,37 @@ class LlavaMetaForCausalLM(ABC):
             f"the prompt in row {rows[0]} has an <image> mark but {cause}: pass images=..., or take the mark out"
         )
 
-    def _image_features(self, images, image_sizes) -> list[Tensor]:
-        """One [K, D] per picture; an object that is in the list several times is encoded once."""
+    def _question(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Question | None:
+        """What every row asks, or None where the reduction does not listen."""
+        if not is_read(self.reduction):
+            return None
+        marks = input_ids == IMAGE_TOKEN_INDEX
+        text = asked(attention_mask, marks, None if labels is None else labels != IGNORE_INDEX)
+        embeds = self.get_model().get_input_embeddings()(input_ids.clamp(min=0).masked_fill(~text, 0))
+        handle = vars(self).get("_duet")
+        return read_question(input_ids, embeds, text, None if handle is None else handle.text_encoder)
+
+    def _image_features(self, images, image_sizes, input_ids: Tensor, question: Question | None) -> list[Tensor]:
+        """One [K, D] per picture; an object that is in the list several times is encoded once per question."""
         images = list(images)
-        first = {id(image): index for index, image in reversed(list(enumerate(images)))}
-        if len(first) == len(images):
-            return self._encode_pictures(images, image_sizes)
+        keys: list[Any] = [id(image) for image in images]
+        owners = torch.zeros(len(images), dtype=torch.long)
+        if question is not None:
+            dealt = assign_features(image_slots(input_ids), len(images))
+            owners = torch.tensor([row for row, indices in enumerate(dealt) for _ in indices])
+            keys = list(zip(keys, owners.tolist(), strict=True))
+        first = {key: index for index, key in reversed(list(enumerate(keys)))}
         chosen = sorted(first.values())
         sizes = None if image_sizes is None else [image_sizes[index] for index in chosen]
-        features = dict(zip(chosen, self._encode_pictures([images[index] for index in chosen], sizes), strict=True))
-        return [features[first[id(image)]] for image in images]
+        asked_of = None if question is None else question.select(owners[chosen])
+        features = self._encode_pictures([images[index] for index in chosen], sizes, asked_of)
+        by_index = dict(zip(chosen, features, strict=True))
+        return [by_index[first[key]] for key in keys]
 
-    def _encode_pictures(self, images: list[Tensor], image_sizes) -> list[Tensor]:
+    def _encode_pictures(self, images: list[Tensor], image_sizes, question: Question | None) -> list[Tensor]:
         """One [K, D] per picture, tiles merged."""
         stacks = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
-        encoded = self.encode_images(torch.cat(stacks))
+        encoded = self._encode_stacks(stacks, image_sizes, question)
         per_picture = _deal([len(stack) for stack in stacks], encoded)
         merge = getattr(self.config, "mm_patch_merge_type", None) or "flat"
         tiled = any(image.ndim == 4 for image in images)
@@ -260,9 +285,33 @@ class LlavaMetaForCausalLM(ABC):
             if len(feature) == 1:
                 merged.append(merge_single(feature, newline))
                 continue
-            grid = get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tower.config.image_size)
-            merged.append(merge_tiles(feature, grid, tower.num_patches_per_side, size, newline))
+            merged.append(merge_tiles(feature, self._tile_grid(size), tower.num_patches_per_side, size, newline))
         return merged
+
+    def _encode_stacks(self, stacks: list[Tensor], image_sizes, question: Question | None) -> Tensor | list[Tensor]:
+        """What the tower passes of all pictures give, one pass after the other."""
+        counts = [len(stack) for stack in stacks]
+        tiles = self._tiles(counts, image_sizes)
+        if question is not None and tiles is None:
+            question = question.select(torch.arange(len(stacks)).repeat_interleave(torch.tensor(counts)))
+        further = {"question": question, "tiles": tiles}
+        return self.encode_images(
+            torch.cat(stacks), **{name: value for name, value in further.items() if value is not None}
+        )
+
+    def _tiles(self, counts: list[int], image_sizes) -> list[tuple[int, int]] | None:
+        """(rows, columns) of tiles of each picture; None where no picture has any, or their layout is not known."""
+        known = image_sizes is not None and getattr(self.config, "image_grid_pinpoints", None)
+        if self.reduction is None or max(counts) == 1 or not known:
+            return None
+        grids = [self._tile_grid(size)[::-1] for size in image_sizes]
+        tiles = [grid if count > 1 else (0, 0) for grid, count in zip(grids, counts, strict=True)]
+        return tiles if all(1 + r * c == n for (r, c), n in zip(tiles, counts, strict=True)) else None
+
+    def _tile_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(tiles across, tiles down) of a picture of (width, height)."""
+        side = self.get_vision_tower().config.image_size
+        return get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, side)
 
     def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
         """Add the image tokens that the options ask for, with mean-initialised rows.

@@ -139,13 +139,17 @@ class CLIPVisionTower(nn.Module):
     def image_processor(self, processor) -> None:
         self._image_processor = processor
 
-    def forward(self, images: Tensor | list[Tensor], reduction=None, project=None) -> Tensor | list[Tensor]:
+    def forward(
+        self, images: Tensor | list[Tensor], reduction=None, project=None, question=None, tiles=None
+    ) -> Tensor | list[Tensor]:
         """Encode pictures.
 
         Args:
             images: [B, 3, H, W], or a list of [3, H, W] (then the result is a list of [1, K, D]).
             reduction: `duet.DuetConfig` whose stage 1 acts here, or None for all patches.
             project: the projector that follows, for reducers that compare projected tokens.
+            question: what is asked about each picture, for reducers that listen (see `duet.encode_vision`).
+            tiles: which of `images` are tiles of one picture (see `duet.encode_vision`).
 
         Returns:
             [B, K, D] in the dtype of `images`; without a reduction K is every patch (and the class token). Where the
@@ -154,19 +158,18 @@ class CLIPVisionTower(nn.Module):
         trainable = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
             if isinstance(images, list):
-                encoded = [self._encode(image.unsqueeze(0), reduction, project) for image in images]
+                encoded = [self._encode(image.unsqueeze(0), config=reduction, project=project) for image in images]
                 return [one if isinstance(one, Tensor) else one[0].unsqueeze(0) for one in encoded]
-            return self._encode(images, reduction, project)
+            return self._encode(images, config=reduction, project=project, question=question, tiles=tiles)
 
-    def _encode(self, images: Tensor, reduction, project) -> Tensor | list[Tensor]:
+    def _encode(self, images: Tensor, **stage1) -> Tensor | list[Tensor]:
         pixels = images.to(device=self.device, dtype=self.dtype)
         encoded = encode_vision(
             self.vision_tower,
             pixels,
             select_layer=self.select_layer,
             class_token=self.select_feature == "cls_patch",
-            config=reduction,
-            project=project,
+            **stage1,
         )
         tokens = encoded.tokens.to(images.dtype)
         return tokens if encoded.counts is None else encoded.per_image(tokens)
