@@ -14,6 +14,7 @@ from typing import Any
 
 from duet import budget
 from duet.config import DuetConfig
+from duet.presets import PRESETS
 from duet.stage1 import VISION_REDUCERS
 from duet.stage2 import LANGUAGE_REDUCERS
 
@@ -36,6 +37,7 @@ class Method:
         solve: which number is free: ``"entering"`` tokens, or the ``"ratios"`` of the schedule.
         options: further fields of ``DuetConfig``.
         source: where the setting is published.
+        split: contextual tokens by the number that enters, where they are published; else VisionZip's share.
     """
 
     stage1: str
@@ -43,10 +45,12 @@ class Method:
     solve: str
     source: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    split: Mapping[int, int] = field(default_factory=dict)
 
 
 _DUET = {16: 0.5, 24: 0.0}
 _PYRAMID = {8: 0.5, 16: 0.25, 24: 0.125}
+_TABLE_12 = {row.entering: row.contextual for row in PRESETS["llava-1.5-7b"].values()}
 
 
 def _vision(stage1: str, source: str) -> Method:
@@ -54,12 +58,14 @@ def _vision(stage1: str, source: str) -> Method:
 
 
 METHODS: dict[str, Method] = {
-    "duet": Method("local_cluster", _DUET, "entering", "DUET-VLM (C), Tables 1 and 12"),
-    "duet-all": Method("local_cluster", _DUET, "entering", "DUET-VLM (C+all), Table 8", {"queries": "all"}),
-    "duet-salient": Method("local_cluster", _DUET, "entering", "DUET-VLM (C+S), Table 8", {"queries": "salient"}),
+    "duet": Method("local_cluster", _DUET, "entering", "DUET-VLM (C), Tables 1 and 12", split=_TABLE_12),
+    "duet-all": Method("local_cluster", _DUET, "entering", "DUET-VLM (C+all), Table 8", {"queries": "all"}, _TABLE_12),
+    "duet-salient": Method(
+        "local_cluster", _DUET, "entering", "DUET-VLM (C+S), Table 8", {"queries": "salient"}, _TABLE_12
+    ),
     "duet-vanilla": Method("visionzip", _DUET, "entering", "DUET-VLM without local clusters, Table 7"),
     "duet-release": Method(
-        "local_cluster", _DUET, "entering", "the released code", {"variant": "release", "queries": "all"}
+        "local_cluster", _DUET, "entering", "the released code", {"variant": "release", "queries": "all"}, _TABLE_12
     ),
     "local_cluster": _vision("local_cluster", "DUET-VLM VZ(C), stage 1 alone"),
     "visionzip": _vision("visionzip", "VisionZip (arXiv 2412.04467)"),
@@ -155,6 +161,9 @@ def solve(name: str, tokens: float, patches: int, num_layers: int, **overrides: 
     base = DuetConfig(**(values | overrides))
     solver: Callable[..., DuetConfig] = _solve_entering if method.solve == "entering" else _solve_ratios
     config = solver(base, tokens, patches, num_layers)
+    if method.solve == "entering" and config.entering in method.split:
+        contextual = method.split[config.entering]
+        config = replace(config, dominant=config.entering - contextual, contextual=contextual)
     reached = config.average_tokens(patches, num_layers)
     if abs(reached - tokens) > TOLERANCE:
         raise BudgetError(

@@ -52,6 +52,15 @@ def test_visionzip_splits_as_published():
         assert (config.dominant, config.contextual) == (dominant, contextual)
 
 
+@pytest.mark.parametrize("name", ["duet", "duet-all", "duet-salient", "duet-release"])
+@pytest.mark.parametrize("layers", [32, 12])
+def test_duet_splits_as_published(name, layers):
+    """Table 12; for other budgets VisionZip's share."""
+    for tokens, dominant, contextual in ((192, 300, 7), (128, 170, 35), (64, 72, 30), (100, 135, 25)):
+        config = solve(name, tokens, 576, layers)
+        assert (config.dominant, config.contextual) == (dominant, contextual)
+
+
 def test_pyramiddrop_at_its_published_layers():
     layers = solve("pyramiddrop", 192, 576, 32).tokens_per_layer(576, 32)
     assert [layers[i] for i in (7, 8, 16, 24)] == [576, 145, 36, 9]
