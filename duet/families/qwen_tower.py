@@ -10,7 +10,7 @@ Shapes: P patches of a call, U units of a call, F frames of one picture, N units
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from duet.config import DuetConfig
+from duet.families.passes import UnitSignals, View, plan
+from duet.grids import pooled_grid
 from duet.signals import TowerSignals, attention_rows, mean_attention, rotate
 from duet.stage1 import DOMINANT, VISION_REDUCERS, TowerOutput, VisionReduction
-from duet.stage1.average_pool import pooled_grid
 from duet.tokens import gather_tokens
 
 if TYPE_CHECKING:
@@ -101,23 +102,21 @@ class PackedFeatures:
         )
 
 
-class UnitSignals(TowerSignals):
-    """Signals of a packed block for frames of equal size, averaged over the patches of each unit.
+class PackedSignals(TowerSignals):
+    """Signals of a packed block for the patches of frames of equal size; queries and keys are rotated.
 
-    Queries and keys are rotated. A frame looks at itself only, as in the tower.
+    A frame looks at itself only, as in the tower.
 
     Args:
         block: tower block with ``norm1`` and ``attn`` (``qkv``, ``num_heads``, ``scaling``).
-        hidden_FPD: input of the block, [F, P, D], patches of a unit side by side.
+        hidden_FPD: input of the block, [F, P, D].
         rotary: (cos, sin), each [F, P, d].
-        unit: patches of a unit.
     """
 
-    def __init__(self, block: Any, hidden_FPD: Tensor, rotary: tuple[Tensor, Tensor], unit: int) -> None:
+    def __init__(self, block: Any, hidden_FPD: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
         super().__init__(hidden_FPD, block.attn, class_token=False)
         self._block = block
         self._rotary = rotary
-        self._unit = unit
 
     @cached_property
     def _rotated(self) -> tuple[Tensor, Tensor]:
@@ -128,33 +127,29 @@ class UnitSignals(TowerSignals):
             cos, sin = (table.float() for table in self._rotary)
             return rotate(queries, cos, sin) * self._attention.scaling, rotate(keys, cos, sin)
 
-    def _per_unit(self, values: Tensor, dim: int) -> Tensor:
-        return values.unflatten(dim, (-1, self._unit)).mean(dim + 1)
-
     def column_mass(self) -> Tensor:
-        """Return the attention that each unit receives from all patches of its frame. Shapes: [F, N].
+        """Return the attention that each patch receives from all patches of its frame. Shapes: [F, P].
 
-        Averaged over heads, queries and the patches of the unit. Source: DUET-VLM Algorithm 1 line 2.
+        Averaged over heads and queries. Source: DUET-VLM Algorithm 1 line 2.
         """
-        return self._per_unit(mean_attention(*self._rotated), 1)
+        return mean_attention(*self._rotated)
 
     def rows(self, patch_BR: Tensor) -> Tensor:
-        """Return the attention of chosen units to all units, averaged over heads and patches. Shapes: [F, R, N].
+        """Return the attention rows of chosen patches, averaged over heads. Shapes: [F, R] -> [F, R, P].
 
         Source: Algorithm 1 line 6.
         """
         queries, keys = self._rotated
-        wanted = (patch_BR.unsqueeze(-1) * self._unit + torch.arange(self._unit, device=keys.device)).flatten(1)
-        picked = queries.gather(2, wanted[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[-1]))
-        return self._per_unit(self._per_unit(attention_rows(picked, keys), 2), 1)
+        index = patch_BR[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[-1])
+        return attention_rows(queries.gather(2, index), keys)
 
     def key_metric(self) -> Tensor:
-        """Return the rotated keys of the units averaged over heads. Shapes: [F, N, d]."""
-        return self._per_unit(self._rotated[1].mean(1), 1)
+        """Return the keys averaged over heads. Shapes: [F, P, d]."""
+        return self._rotated[1].mean(1)
 
     def joint_keys(self) -> Tensor:
-        """Return the rotated keys of the units with all heads side by side. Shapes: [F, N, D]."""
-        return self._per_unit(self._rotated[1].transpose(1, 2).flatten(2), 1)
+        """Return the keys with all heads side by side. Shapes: [F, P, D]."""
+        return self._rotated[1].transpose(1, 2).flatten(2)
 
 
 def check_reducer(config: DuetConfig, model_type: str) -> None:
@@ -197,7 +192,7 @@ def reduce_pictures(
         packed: what the tower made of them.
         grids: frames, rows and columns of each picture, in patches.
         merge: patches per side of a unit.
-        config: counts per frame, or shares of it.
+        config: counts per frame (or per picture, which its frames share), or shares.
         question: what is asked about each picture, for reducers that listen.
 
     Source: METHODS 2.8 and 6 (the released code for Qwen2.5-VL); Algorithm 1 for ``variant="paper"``.
@@ -219,25 +214,24 @@ def _reduce_picture(
 ) -> Picture:
     count, width = math.prod(grid), packed.levels[0].shape[-1]
     features = torch.cat(packed.levels, dim=-1).unflatten(0, (frames, count))
-    budget = frame_budget(config, grid)
-    if budget is None:
+    plans = [_fit_pool(one, grid) for one in plan(config, [count] * frames, has_class=False)]
+    if not any(plans):
         whole = replace(VisionReduction.identity(features, False, grid), grid=grid)
         return Picture(packed.levels, torch.arange(frames * count, device=features.device), [whole])
-    hidden, cos, sin, pixels = (
-        x.unflatten(0, (frames, -1)) for x in (packed.ranked_input, *packed.rotary, packed.pixels)
-    )
-    step = max(1, _PATCHES_AT_ONCE // (count * unit))
+    parts = PackedFrames(packed, frames, count, unit)
     reductions = []
-    for first in range(0, frames, step):
-        some = torch.arange(first, min(first + step, frames), device=features.device)
+    for some, budget in _runs(plans, max(1, _PATCHES_AT_ONCE // (count * unit))):
+        if budget is None:
+            reductions.append(replace(VisionReduction.identity(features[some], False, grid), grid=grid))
+            continue
         tower = TowerOutput(
             features=features[some],
-            signals=UnitSignals(packed.block, hidden[some], (cos[some], sin[some]), unit),
+            signals=parts.signals(some, grid),  # type: ignore[arg-type]
             class_token=False,
             grid=grid,
-            pixels=pixels[some],
+            pixels=parts.pixels[some],
             project=lambda levels: levels[..., :width],
-            question=None if question is None else question.select(some),
+            question=None if question is None else question.select(torch.arange(some.start, some.stop)),
         )
         reductions.append(_in_raster_order(VISION_REDUCERS.get(budget.stage1)(tower, budget), grid))
     tokens = [one for reduction in reductions for one in reduction.per_image(reduction.tokens)]
@@ -246,23 +240,41 @@ def _reduce_picture(
     return Picture(list(torch.cat(tokens).split(width, dim=-1)), index, reductions)
 
 
-def frame_budget(config: DuetConfig, grid: tuple[int, int]) -> DuetConfig | None:
-    """Return the configuration with the counts for one frame of ``grid`` units; None where it keeps all of them.
+class PackedFrames:
+    """The frames of one picture, for the signals that stage 1 may ask of them.
 
-    A budget of as many tokens as there are units, or of more, changes nothing, whatever the method. Pooling makes
-    the largest grid of cells within the budget.
+    Args:
+        packed: the picture's part of what the tower made.
+        frames, count: how many frames it has, and how many units of ``unit`` patches each.
     """
-    count = math.prod(grid)
-    if config.stage1 == "none" or count == 1:
-        return None
-    if config.adaptive:
+
+    def __init__(self, packed: PackedFeatures, frames: int, count: int, unit: int) -> None:
+        self._block = packed.block
+        self._hidden, self._cos, self._sin, self.pixels = (
+            x.unflatten(0, (frames, -1)) for x in (packed.ranked_input, *packed.rotary, packed.pixels)
+        )
+        self._units = torch.arange(count * unit).view(count, unit)
+
+    def signals(self, some: slice, grid: tuple[int, int]) -> UnitSignals:
+        """Return the signals of some frames, averaged over the patches of each unit."""
+        rotary = (self._cos[some], self._sin[some])
+        return UnitSignals(PackedSignals(self._block, self._hidden[some], rotary), View.pooled(self._units, grid))
+
+
+def _runs(plans: list[DuetConfig | None], most: int) -> Iterator[tuple[slice, DuetConfig | None]]:
+    """Return frames that follow each other and have the same plan, at most ``most`` at once."""
+    start = 0
+    for stop in range(1, len(plans) + 1):
+        if stop == len(plans) or stop - start == most or plans[stop] != plans[start]:
+            yield slice(start, stop), plans[start]
+            start = stop
+
+
+def _fit_pool(config: DuetConfig | None, grid: tuple[int, int]) -> DuetConfig | None:
+    """Return the plan of a frame; pooling makes the largest grid of cells within the budget."""
+    if config is None or config.stage1 != "average_pool":
         return config
-    config = config.for_patches(count)
-    if config.entering >= count:
-        return None
-    if config.stage1 == "average_pool":
-        return replace(config, dominant=_largest_pool(config.entering, grid), contextual=0)
-    return config
+    return replace(config, dominant=_largest_pool(config.entering, grid), contextual=0)
 
 
 def _largest_pool(tokens: int, grid: tuple[int, int]) -> int:

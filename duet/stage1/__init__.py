@@ -142,6 +142,20 @@ class VisionReduction:
         return cls(features, source, kind, source.new_empty(batch, 0, 0), grid)
 
 
+def class_attention(signals: TowerSignals) -> Tensor:
+    """Return how much the class token attends to each patch, summed over heads. Shapes: [B, N].
+
+    A tower without a class token is ranked by column mass, as DUET-VLM's released code does for Qwen2.5-VL.
+    """
+    return signals.class_row().sum(1) if signals.class_token else signals.column_mass()
+
+
+def kinds(device: torch.device, dominant: int, contextual: int, class_token: int = 0) -> Tensor:
+    """Return the kinds of so many tokens: the class token first, then dominant, then contextual ones. Shapes: [K]."""
+    values = [CLASS_TOKEN] * class_token + [DOMINANT] * dominant + [CONTEXTUAL] * contextual
+    return torch.tensor(values, device=device)
+
+
 def keep_patches(tower: TowerOutput, index_BK: Tensor) -> VisionReduction:
     """Return the reduction that keeps the given patches [B, K], in raster order, and nothing of the others."""
     index = index_BK.sort(dim=1).values

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from duet.grids import pooled_grid
 from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction
-from duet.stage1.average_pool import pooled_grid
 
 if TYPE_CHECKING:
     from duet.config import DuetConfig

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, keep_marked, keep_patches
+from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, class_attention, keep_marked, keep_patches
 from duet.tokens import rank_descending, top_indices
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def hired(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     the whole picture band by band in place of tile by tile, as the released code does.
     A tower without a class token is ranked by column mass. Source: HiRED Sec. 4; METHODS 2.2 for the release.
     """
-    score = _attention(tower.signals)
+    score = class_attention(tower.signals)
     if tower.tiles is None or not any(map(math.prod, tower.tiles)):
         return keep_patches(tower, top_indices(score, config.entering))
     budget = _budgets(tower, config)
@@ -38,14 +38,10 @@ def hired(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     return keep_marked(tower, rank < budget.unsqueeze(1))
 
 
-def _attention(signals) -> Tensor:
-    return signals.class_row().sum(1) if signals.class_token else signals.column_mass()
-
-
 def _budgets(tower: TowerOutput, config: DuetConfig) -> Tensor:
     """Return how many patches each pass keeps, [B]."""
     assert tower.tiles is not None
-    content = _attention(tower.first_signals())
+    content = class_attention(tower.first_signals())
     starts: dict[tuple[int, int], list[int]] = {}
     passes = 0
     for shape in tower.tiles:

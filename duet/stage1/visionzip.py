@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction
-from duet.stage1.local_cluster import class_attention, merge_into_anchors
+from duet.anchors import merge_into_anchors
+from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, class_attention
 from duet.tokens import rank_descending
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def visionzip(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     Every other residual patch joins the anchor with the most similar key; a token is its anchor plus the mean of those.
     Shapes: features [B, M, D]; returns K = k1 + k2 tokens. Source: VisionZip Sec. 3.2, its released code.
     """
-    order = rank_descending(class_attention(tower))
+    order = rank_descending(class_attention(tower.signals))
     kept = config.dominant - int(tower.class_token)
     dominant = order[:, :kept]
     residual = order[:, kept:].sort(dim=1).values

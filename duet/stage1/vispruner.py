@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, keep_patches
-from duet.stage1.local_cluster import class_attention
+from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, class_attention, keep_patches
 from duet.tokens import gather_tokens, rank_descending
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def vispruner(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
 @torch.no_grad()
 def important_and_diverse(tower: TowerOutput, count: int) -> Tensor:
     """Return the chosen patches, important ones first. Shapes: [B, ``count``]."""
-    order = rank_descending(class_attention(tower))
+    order = rank_descending(class_attention(tower.signals))
     important = int(count * _IMPORTANT)
     rest, wanted = order[:, important:], count - important
     unit = torch.nn.functional.normalize(tower.patches.float(), dim=-1)

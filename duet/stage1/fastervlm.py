@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, keep_patches
-from duet.stage1.local_cluster import class_attention
+from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, class_attention, keep_patches
 from duet.tokens import top_indices
 
 if TYPE_CHECKING:
@@ -13,10 +12,10 @@ if TYPE_CHECKING:
 
 
 @VISION_REDUCERS.register("fastervlm")
-def most_attended(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
+def fastervlm(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     """Keep the patches with most class-token attention; the class token itself is not handed on.
 
     A tower without a class token is ranked by column mass. Shapes: features [B, M, D]; returns K tokens.
     Source: FasterVLM Sec. 3.
     """
-    return keep_patches(tower, top_indices(class_attention(tower), config.entering))
+    return keep_patches(tower, top_indices(class_attention(tower.signals), config.entering))
