@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from duet import DuetConfig
-from duet.config import declared_options
+from duet.config import CONFIG_KEY, declared_options
 from duet.methods import check_pair
 
 _PRESET = "llava-1.5-7b"
@@ -44,6 +46,9 @@ class ReductionArguments:
     reduce: str | None = _flag("both by name, as VISION+LANGUAGE, e.g. visionzip+fastv")
     reduction_seed: int | None = _flag("what random methods start from")
     reduction_options: str | None = _flag("settings that only the chosen methods know, as name=value,name=value")
+    reduction_config: str | None = _flag(
+        "JSON file with a whole reduction, such as another model's config.json; other flags change what they name"
+    )
     use_salient_tokens: bool | None = _flag(
         "released spelling of --queries salient", ["--compute_salient_tokens"], nargs="?", const=True
     )
@@ -75,6 +80,10 @@ class ReductionArguments:
             if given:
                 raise ValueError(f"--duet_tokens 0 turns the reduction off, so --{next(iter(given))} has no effect")
             return None
+        if "reduction_config" in given:
+            if tokens is not None:
+                raise ValueError("--reduction_config and --duet_tokens both say where to start from; give one of them")
+            default = read_config(given.pop("reduction_config"))
         overrides = self._overrides(given)
         if tokens is not None:
             return DuetConfig.preset(_PRESET, tokens=tokens, **overrides)
@@ -121,6 +130,25 @@ class ReductionArguments:
     def from_namespace(cls, namespace: Any) -> ReductionArguments:
         """Read the flags from parsed arguments (or any object that has some of them as attributes)."""
         return cls(**{item.name: getattr(namespace, item.name, None) for item in fields(cls)})
+
+
+def read_config(path: str) -> DuetConfig:
+    """Read a reduction from a JSON file: what `DuetConfig.to_dict` gives, alone or under "duet".
+
+    Raises:
+        ValueError: There is no such file, or it holds something else; the message names it.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"--reduction_config {path} cannot be read as JSON: {error}") from error
+    if isinstance(values, dict) and "model_type" in values and CONFIG_KEY not in values:
+        raise ValueError(f"--reduction_config {path} is a model's configuration without a reduction in it")
+    values = values.get(CONFIG_KEY, values) if isinstance(values, dict) else values
+    try:
+        return DuetConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--reduction_config {path}: {error}") from error
 
 
 def parse_pair(text: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import argparse
 import io
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +53,37 @@ def test_budgets_scale_with_the_depth():
         parse("--duet_tokens", "0", "--dominant", "3").to_config()
     with pytest.raises(ValueError, match="not 193"):
         parse("--duet_tokens", "193").to_config()
+
+
+def test_a_whole_reduction_from_a_file(tmp_path):
+    config = DuetConfig(dominant=9, contextual=3, schedule={2: 0.5}, salient_tokens=2, depth=4, queries=(0, -1), seed=5)
+    alone, inside = tmp_path / "reduction.json", tmp_path / "config.json"
+    alone.write_text(json.dumps(config.to_dict()))
+    inside.write_text(json.dumps({"model_type": "llava_llama", "duet": config.to_dict()}))
+    assert parse("--reduction_config", str(alone)).to_config(DuetConfig()) == config
+    assert parse("--reduction_config", str(inside)).to_config() == config
+    changed = parse("--reduction_config", str(alone), "--reduction_seed", "6").to_config()
+    assert changed == replace(config, seed=6)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read as JSON.*No such file"),
+        ("{", "cannot be read as JSON"),
+        ("[1]", "reduction.json: "),
+        ('{"dominnat": 3}', r"reduction.json: unknown field\(s\) dominnat"),
+        ('{"model_type": "llava"}', "a model's configuration without a reduction"),
+    ],
+)
+def test_a_wrong_reduction_file(tmp_path, content, message):
+    path = tmp_path / "reduction.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        parse("--reduction_config", str(path)).to_config()
+    with pytest.raises(ValueError, match="give one of them"):
+        parse("--reduction_config", str(path), "--duet_tokens", "64").to_config()
 
 
 def test_flags_change_only_what_they_name():
