@@ -201,6 +201,16 @@ class DecoderSignals:
         for rows, counted, queries in self._blocks(index_BR, counted_BR):
             yield rows, counted, self._probabilities(queries, self._causal(rows, keys.shape[2]), keys)
 
+    def largest_received(self, index_BR: Tensor, counted_BR: Tensor) -> Tensor:
+        """Return, summed over chosen rows, the most attention that any head pays to each position. Shapes: [B, L].
+
+        Source: FitPrune's code, which takes the maximum over heads before it adds rows up.
+        """
+        total = self._keys.new_zeros(self._keys.shape[0], self._keys.shape[2])
+        for _, counted, probabilities in self.rows(index_BR, counted_BR):
+            total += (probabilities.amax(1) * counted.unsqueeze(-1)).sum(1)
+        return total
+
     def position_prior(self, index_BR: Tensor) -> Tensor:
         """Return the logits that positions alone make, relative to that of a position with itself. Shapes: [B, R, L].
 
