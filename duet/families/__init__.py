@@ -2,6 +2,8 @@
 
 A family subclasses ``Family`` and registers an instance under the model's ``model_type``:
 ``FAMILIES.register("llava")(LlavaFamily())``. Packages that own their model classes register theirs in the same way.
+docs/add-a-family.md has the whole way. What several families share is in modules that register nothing: ``prompt``,
+``reduced``, ``passes``, ``anyres``.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ class ModelFacts:
         patches: patches per tower pass; None where pictures differ in size.
         num_layers: decoder layers.
         class_token: whether the tower has a class token.
+        unit: what one tower pass shows: a whole picture ("image"), or a "tile" or a "frame" of one.
     """
 
     patches: int | None
     num_layers: int
     class_token: bool
+    unit: str = "image"
 
 
 class Family(ABC):
@@ -63,7 +67,7 @@ def find(model: nn.Module) -> Family:
     if model_type not in FAMILIES.names():
         raise ValueError(
             f"duet.attach does not know {type(model).__name__} (model_type {model_type!r}); supported model types: "
-            f"{', '.join(FAMILIES.names())}"
+            f"{', '.join(FAMILIES.names())}. A family is one file: see docs/add-a-family.md"
         )
     family = FAMILIES.get(model_type)
     family.check(model)

@@ -258,7 +258,8 @@ class PackedFrames:
     def signals(self, some: slice, grid: tuple[int, int]) -> UnitSignals:
         """Return the signals of some frames, averaged over the patches of each unit."""
         rotary = (self._cos[some], self._sin[some])
-        return UnitSignals(PackedSignals(self._block, self._hidden[some], rotary), View.pooled(self._units, grid))
+        signals = PackedSignals(self._block, self._hidden[some], rotary)
+        return UnitSignals(signals, View.pooled(self._units, grid), class_token=False)
 
 
 def _runs(plans: list[DuetConfig | None], most: int) -> Iterator[tuple[slice, DuetConfig | None]]:

@@ -161,6 +161,9 @@ def _read_pictures(
     family = model._duet.family
     prompt = family.place(model, ids_or_embeds, prompt, inputs, cache)
     found = [(p, placeholders(model, ids_or_embeds, p.token_id)) for p in family.pictures(model, inputs)]
+    if prompt_length is not None:
+        for _, marks in found:
+            marks[:, prompt_length:] = False  # an answer may name a placeholder, but brings no picture
     question = _question(model, prompt, ids_or_embeds, [marks for _, marks in found], prompt_length)
     kinds = []
     for pictures, marks in found:
