@@ -1,27 +1,19 @@
-"""Every registered method: exact counts, independence of the batch, no-ops; and a slow, literal version of each."""
+"""Every registered method: exact counts, independence of the batch, no-ops."""
 
 import pytest
 import small
 import torch
+from dense import TOKENS, parts, reduced, vision_config
 
 from duet import DuetConfig, attach
-from duet.chance import uniform
-from duet.grids import pooled_grid
 from duet.stage1 import VISION_REDUCERS
-from duet.stage1.prumerge import adaptive_count
 from duet.stage2 import LANGUAGE_REDUCERS
-from duet.tokens import rank_descending
 from duet.vision import encode_vision
 
-TOKENS = 12  # of 36; a product of two sides, which average pooling needs
 VISION, LANGUAGE = VISION_REDUCERS.names(), LANGUAGE_REDUCERS.names()
 
 
-def vision_config(name, tokens=TOKENS, **options):
-    return DuetConfig(stage1=name, dominant=tokens - 3, contextual=3, schedule={}, **options)
-
-
-SELECTING = ("random", "fastervlm", "hired", "divprune", "vispruner", "cdpruner")
+SELECTING = [n for n in ("random", "fastervlm", "hired", "divprune", "vispruner", "cdpruner") if n in VISION]
 FIXED = [name for name in VISION if not vision_config(name).adaptive]
 
 
@@ -30,51 +22,20 @@ def model():
     return small.build()
 
 
-@torch.no_grad()
-def reduced(model, name, pixels, **options):
-    tower, project = model.model.vision_tower, model.model.multi_modal_projector
-    return encode_vision(tower, pixels, config=vision_config(name, **options), project=project)
-
-
-@pytest.fixture(scope="module")
-def parts(model):
-    """(features, keys, class attention, projected tokens) of three images, from dense attention."""
-    pixels, tower = small.pixels(3), model.model.vision_tower
-    body = getattr(tower, "vision_model", tower)
-    with torch.no_grad():
-        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        block = body.encoder.layers[-2]
-        normed = block.layer_norm1(states[-3])
-        heads = block.self_attn.num_heads
-        split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)  # noqa: E731
-        query, keys = split(block.self_attn.q_proj(normed)), split(block.self_attn.k_proj(normed))
-        maps = (query @ keys.transpose(-1, -2) * block.self_attn.scale).softmax(-1)
-        features = states[-2][:, 1:]
-        return {
-            "pixels": pixels,
-            "features": features,
-            "keys": keys.mean(1)[:, 1:],
-            "class": maps[:, :, 0, 1:].mean(1),
-            "projected": model.model.multi_modal_projector(features),
-            "state": states[-2],
-            "next": body.encoder.layers[-1],
-        }
-
-
 @pytest.mark.parametrize("name", FIXED)
-def test_stage1_hands_on_exactly_what_was_asked_for(model, name):
-    out = reduced(model, name, small.pixels(2))
+def test_stage1_hands_on_exactly_what_was_asked_for(name):
+    out = reduced(name, small.pixels(2))
     assert out.tokens.shape == (2, TOKENS, 32) and out.source.shape == (2, TOKENS) and out.kind.shape == (TOKENS,)
     assert out.tokens.isfinite().all()
     assert int((out.kind == 2).sum()) == out.members.shape[1]
 
 
 @pytest.mark.parametrize("name", VISION)
-def test_stage1_does_not_look_at_other_images(model, name):
+def test_stage1_does_not_look_at_other_images(name):
     pixels = small.pixels(3)
-    together = reduced(model, name, pixels)
+    together = reduced(name, pixels)
     for row in range(3):
-        alone = reduced(model, name, pixels[row : row + 1])
+        alone = reduced(name, pixels[row : row + 1])
         assert torch.equal(alone.per_image(alone.source)[0], together.per_image(together.source)[row])
         assert torch.allclose(alone.per_image(alone.tokens)[0], together.per_image(together.tokens)[row], atol=1e-5)
 
@@ -88,187 +49,11 @@ def test_stage1_with_all_patches_is_the_tower_itself(model, name):
 
 
 @pytest.mark.parametrize("name", SELECTING)
-def test_selected_patches_are_tower_features_in_raster_order(model, parts, name):
-    out = reduced(model, name, parts["pixels"])
+def test_selected_patches_are_tower_features_in_raster_order(name):
+    out = reduced(name, parts()["pixels"])
     assert (out.source.diff(dim=1) > 0).all()
     for row in range(3):
-        assert torch.allclose(out.tokens[row], parts["features"][row][out.source[row]], atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["fastervlm", "hired"])
-def test_class_attention_keeps_the_most_attended(model, parts, name):
-    out = reduced(model, name, parts["pixels"])
-    for row in range(3):
-        best = sorted(range(small.PATCHES), key=lambda i: (-float(parts["class"][row, i]), i))[:TOKENS]
-        assert out.source[row].tolist() == sorted(best)
-
-
-def test_divprune_is_the_greedy_max_min_subset(model, parts):
-    out = reduced(model, "divprune", parts["pixels"])
-    for row in range(3):
-        unit = torch.nn.functional.normalize(parts["projected"][row], dim=-1)
-        distance = (1 - unit @ unit.T).tolist()
-        others = lambda i: [distance[i][j] for j in range(small.PATCHES) if j != i]  # noqa: B023, E731
-        picks = [max(range(small.PATCHES), key=lambda i: (min(others(i)), -i))]
-        while len(picks) < TOKENS:
-            free = [i for i in range(small.PATCHES) if i not in picks]
-            picks.append(max(free, key=lambda i: (min(distance[p][i] for p in picks), -i)))
-        assert out.source[row].tolist() == sorted(picks)
-
-
-def test_divprune_survives_equal_tokens(model):
-    out = reduced(model, "divprune", torch.zeros(1, 3, 24, 24))
-    assert len(set(out.source[0].tolist())) == TOKENS
-
-
-@pytest.mark.parametrize("tokens", [12, 13, 35])
-def test_vispruner_thins_by_parity(model, parts, tokens):
-    out = reduced(model, "vispruner", parts["pixels"], tokens=tokens)
-    for row in range(3):
-        order = sorted(range(small.PATCHES), key=lambda i: (-float(parts["class"][row, i]), i))
-        unit = torch.nn.functional.normalize(parts["features"][row], dim=-1)
-        keep, rest = order[: tokens // 2], order[tokens // 2 :]
-        wanted = tokens - tokens // 2
-        while len(rest) > wanted:
-            even, odd = rest[::2], rest[1::2]
-            alike = {i: max(float(unit[i] @ unit[j]) for j in odd) for i in even}
-            count = min(8, len(rest) - wanted, len(even))
-            rest = sorted(even, key=lambda i: (-alike[i], even.index(i)))[count:] + odd
-        assert out.source[row].tolist() == sorted(keep + rest)
-
-
-def test_prumerge_adds_neighbours_and_a_summary(model, parts):
-    out = reduced(model, "prumerge", parts["pixels"])
-    attention_module = parts["next"].self_attn
-    with torch.no_grad():
-        normed = parts["next"].layer_norm1(parts["state"])
-        query, keys = attention_module.q_proj(normed)[:, 0], attention_module.k_proj(normed)
-        scores = torch.stack([(keys[b] @ query[b]) / 32**0.5 for b in range(3)]).softmax(-1)[:, 1:]
-    for row in range(3):
-        a, x = scores[row], parts["features"][row]
-        unit = torch.nn.functional.normalize(keys[row, 1:], dim=-1)
-        kept = sorted(sorted(range(36), key=lambda i: (-float(a[i]), i))[: TOKENS - 1])
-        for place, i in enumerate(kept):
-            near = sorted((j for j in range(36) if j != i), key=lambda j: (-float(unit[i] @ unit[j]), j))[:32]
-            wanted = x[i] + sum(a[j] * x[j] for j in near)
-            assert torch.allclose(out.tokens[row, place], wanted, atol=1e-4)
-        summary = sum(a[j] * x[j] for j in range(36) if j not in kept)
-        assert torch.allclose(out.tokens[row, -1], summary, atol=1e-4)
-        assert [m for m in out.members[row, 0].tolist() if m >= 0] == [j for j in range(36) if j not in kept]
-
-
-def test_prumerge_counts_outliers_per_image():
-    attention = torch.full((2, 40), 0.01)
-    attention[0, :3] = 0.5
-    attention += torch.linspace(0, 1e-3, 40)
-    assert adaptive_count(attention).tolist() == [3, 0]
-
-
-def test_average_pool_equals_a_mean_over_cells(model, parts):
-    out = reduced(model, "average_pool", parts["pixels"])
-    assert pooled_grid(12, (6, 6)) == (3, 4)
-    for row in range(3):
-        for token in range(TOKENS):
-            members = [m for m in out.members[row, token].tolist() if m >= 0]
-            assert torch.allclose(out.tokens[row, token], parts["features"][row][members].mean(0), atol=1e-5)
-            r, c = divmod(token, 4)
-            rows, columns = range(2 * r, 2 * r + 2), range(6 * c // 4, -(-6 * (c + 1) // 4))
-            assert members == [6 * i + j for i in rows for j in columns]
-
-
-@pytest.mark.parametrize(("tokens", "shape"), [(192, (12, 16)), (128, (8, 16)), (64, (8, 8)), (576, (24, 24))])
-def test_pooled_grids_of_the_usual_budgets(tokens, shape):
-    assert pooled_grid(tokens, (24, 24)) == shape
-
-
-def test_a_number_that_no_grid_has(model):
-    with pytest.raises(ValueError, match=r"no grid within 6 x 6 patches has 13 cells; .*12, 15"):
-        reduced(model, "average_pool", small.pixels(1), tokens=13)
-
-
-def test_downsampling_runs_the_tower_on_a_smaller_picture(model, parts):
-    out = reduced(model, "downsample", parts["pixels"])
-    small_pictures = torch.nn.functional.interpolate(parts["pixels"], size=[12, 16], mode="bicubic", antialias=True)
-    with torch.no_grad():
-        states = model.model.vision_tower(
-            small_pictures, output_hidden_states=True, interpolate_pos_encoding=True
-        ).hidden_states
-    assert out.grid == (3, 4) and torch.allclose(out.tokens, states[-2][:, 1:], atol=1e-5)
-
-
-def test_tome_merges_the_most_similar_pairs(model, parts):
-    out = reduced(model, "tome_post", parts["pixels"])
-    for row in range(3):
-        members = [[m for m in group if m >= 0] for group in out.members[row].tolist()]
-        assert sorted(m for group in members for m in group) == list(range(36))  # every patch is in exactly one token
-        assert [group[0] for group in members] == sorted(group[0] for group in members)
-        for token, group in enumerate(members):
-            assert torch.allclose(out.tokens[row, token], parts["features"][row][group].mean(0), atol=1e-5)
-    one_round = reduced(model, "tome_post", parts["pixels"], tokens=30)
-    for row in range(3):
-        unit = torch.nn.functional.normalize(parts["keys"][row], dim=-1)
-        best = {i: max(range(1, 36, 2), key=lambda j: (float(unit[i] @ unit[j]), -j)) for i in range(0, 36, 2)}
-        pairs = sorted(best, key=lambda i: (-float(unit[i] @ unit[best[i]]), i))[:6]
-        wanted = {j: sorted([j, *(i for i in pairs if best[i] == j)]) for j in range(36) if j not in pairs}
-        got = [[m for m in group if m >= 0] for group in one_round.members[row].tolist()]
-        assert sorted(got) == sorted(wanted.values())
-
-
-def test_tome_in_the_tower_equals_a_literal_loop(model):
-    from duet.stage1.tome_tower import merges_per_block
-
-    assert merges_per_block(576, 192, 23) == [17] * 16 + [16] * 7
-    assert merges_per_block(576, 64, 23) == [23] * 6 + [22] * 17
-    with pytest.raises(ValueError, match=r"cannot merge 30 of 36 tokens in block 1 of 1"):
-        merges_per_block(36, 6, 1)
-    pixels = small.pixels(2)
-    out = reduced(model, "tome", pixels)
-    tower = model.model.vision_tower
-    body = getattr(tower, "vision_model", tower)
-    with torch.no_grad():
-        hidden = body.pre_layrnorm(body.embeddings(pixels))
-        for row in range(2):
-            tokens, groups, cls = list(hidden[row, 1:]), [[i] for i in range(36)], hidden[row, 0]
-            for block in body.encoder.layers[:3]:
-                x = torch.stack([cls, *tokens])
-                normed = block.layer_norm1(x)
-                attention = block.self_attn
-                split = lambda t: t.view(len(t), 4, 8).transpose(0, 1)  # noqa: E731
-                q, k, v = (split(f(normed)) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
-                size = torch.tensor([1.0, *map(len, groups)])
-                weights = (q @ k.transpose(1, 2) * attention.scale + size.log()).softmax(-1)
-                x = x + attention.out_proj((weights @ v).transpose(0, 1).flatten(1))
-                unit = torch.nn.functional.normalize(k.mean(0)[1:], dim=-1)
-                even, odd = range(0, len(tokens), 2), range(1, len(tokens), 2)
-                best = {i: max(odd, key=lambda j: (float(unit[i] @ unit[j]), -j)) for i in even}
-                gone = sorted(even, key=lambda i: (-float(unit[i] @ unit[best[i]]), i))[:8]
-                cls, new, kept = x[0], [], []
-                for i in [*(i for i in even if i not in gone), *odd]:
-                    merged = [i, *(j for j in gone if best[j] == i)]
-                    total = sum(len(groups[j]) for j in merged)
-                    new.append(sum(x[1 + j] * len(groups[j]) for j in merged) / total)
-                    kept.append(sorted(p for j in merged for p in groups[j]))
-                stacked = torch.stack([cls, *new])
-                stacked = stacked + block.mlp(block.layer_norm2(stacked))
-                cls, tokens, groups = stacked[0], list(stacked[1:]), kept
-            order = sorted(range(TOKENS), key=lambda i: groups[i][0])
-            assert [[m for m in g if m >= 0] for g in out.members[row].tolist()] == [groups[i] for i in order]
-            assert torch.allclose(out.tokens[row], torch.stack([tokens[i] for i in order]), atol=1e-4)
-
-
-def test_random_choices_are_uniform_and_reproducible(model):
-    pixels = small.pixels(3)
-    first, again = reduced(model, "random", pixels), reduced(model, "random", pixels.flip(0))
-    assert torch.equal(first.source, again.source.flip(0))
-    assert not torch.equal(first.source, reduced(model, "random", pixels, seed=1).source)
-    draws = torch.stack([uniform(torch.arange(50), 36, seed) for seed in range(40)]).flatten(0, 1)
-    chosen = torch.zeros(36)
-    for row in rank_descending(draws)[:, :12]:
-        chosen[row] += 1
-    expected = 2000 * 12 / 36
-    statistic = float(((chosen - expected) ** 2 / (expected * (1 - 12 / 36))).sum())
-    assert statistic < 66.6  # chi-square, 35 degrees of freedom, 0.1 %
-    assert float(draws.min()) >= 0 and float(draws.max()) < 1
+        assert torch.allclose(out.tokens[row], parts()["features"][row][out.source[row]], atol=1e-5)
 
 
 def language_config(name, **options):
