@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from types import MethodType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from duet import families
 from duet.config import CONFIG_KEY, DuetConfig
+
+if TYPE_CHECKING:
+    from duet.question import ClipText
 
 logger = logging.getLogger(__name__)
 _MISSING = object()
@@ -28,6 +31,7 @@ class Handle:
         config: what is in force, with the schedule in the model's own layers.
         facts: sizes of the model.
         family: how DUET enters this kind of model.
+        text_encoder: what reads questions for the vision reducers that listen to them.
     """
 
     model: Any
@@ -35,6 +39,7 @@ class Handle:
     facts: families.ModelFacts
     family: families.Family = field(repr=False)
     _host_class: type = field(repr=False)
+    text_encoder: ClipText | None = field(default=None, repr=False)
     _stored_config: Any = field(default=_MISSING, repr=False)
     _hooked_forward: Any = field(default=_MISSING, repr=False)
 
@@ -45,23 +50,30 @@ class Handle:
         detach(self.model)
 
     def __repr__(self) -> str:
-        config, patches, layers = self.config, self.facts.patches, self.facts.num_layers
-        stages = (
-            ", ".join(f"after layer {layer} keep {ratio:g}" for layer, ratio in config.schedule.items()) or "none"
-        )
-        if patches is None:
-            kept = "all" if config.stage1 == "none" else f"{config.dominant} + {config.contextual}"
-            tokens, average = f"{kept} visual tokens per frame, of as many as its size gives", ""
-        else:
-            tokens = f"{patches} -> {config.entering_tokens(patches)} visual tokens per image"
-            average = f"; {config.average_tokens(patches, layers):.2f} on average over {layers} layers"
+        stages = [f"after layer {layer} keep {ratio:g}" for layer, ratio in self.config.schedule.items()]
         return (
-            f"DUET on {self._host_class.__name__}: {tokens} (stage 1: {config.stage1}, {config.variant}), "
-            f"stages in the decoder: {stages}{average}"
+            f"DUET on {self._host_class.__name__}: {self._tokens()} (stage 1: {self.config.stage1}, "
+            f"{self.config.variant}), stages in the decoder: {', '.join(stages) or 'none'}{self._average()}"
         )
 
+    def _tokens(self) -> str:
+        config, patches, unit = self.config, self.facts.patches, self.facts.unit
+        if config.stage1 != "none" and config.per == "picture":
+            return f"{config.dominant} + {config.contextual} visual tokens per image or video"
+        if patches is not None:
+            return f"{patches} -> {config.entering_tokens(patches)} visual tokens per {unit}"
+        kept = "all" if config.stage1 == "none" else f"{config.dominant} + {config.contextual}"
+        return f"{kept} visual tokens per frame, of as many as its size gives"
 
-def attach(model: nn.Module, config: DuetConfig | None = None) -> Handle:
+    def _average(self) -> str:
+        config, facts = self.config, self.facts
+        if facts.patches is None or config.per == "picture":
+            return ""
+        average = config.average_tokens(facts.patches, facts.num_layers)
+        return f"; {average:.2f} on average over {facts.num_layers} layers"
+
+
+def attach(model: nn.Module, config: DuetConfig | None = None, *, text_encoder: ClipText | None = None) -> Handle:
     """Reduce visual tokens in one model instance.
 
     Nothing but this instance changes: its class becomes a subclass of its own class, and ``config.duet`` is set, so
@@ -71,6 +83,8 @@ def attach(model: nn.Module, config: DuetConfig | None = None) -> Handle:
     Args:
         model: a Hugging Face vision-language model of a supported family (a PEFT model's base is used).
         config: what to keep; None takes what the model's own ``config.json`` carries under ``"duet"``.
+        text_encoder: CLIP's text tower for vision reducers that compare patches with the question
+            (``duet.question.ClipText``); None compares them with the question's embeddings in the language model.
 
     Returns:
         A handle; ``with duet.attach(model, config):`` detaches at the end of the block.
@@ -90,8 +104,10 @@ def attach(model: nn.Module, config: DuetConfig | None = None) -> Handle:
         )
     facts = family.facts(model)
     family.check_config(model, config)
-    config.validate(facts.patches, facts.num_layers, facts.class_token)
-    handle = Handle(model, config.for_depth(facts.num_layers), facts, family, type(model))
+    counted = replace(config, per="pass") if facts.unit == "image" else config  # one pass is the picture
+    counted.validate(facts.patches, facts.num_layers, facts.class_token)
+    families.warn_if_untested()
+    handle = Handle(model, config.for_depth(facts.num_layers), facts, family, type(model), text_encoder)
     handle._stored_config = vars(model.config).get(CONFIG_KEY, _MISSING)
     setattr(model.config, CONFIG_KEY, config.to_dict())
     model._duet = handle  # type: ignore[assignment]
