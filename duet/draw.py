@@ -56,7 +56,7 @@ def patch_fates(record: ImageRecord, stage: int = VISION_STAGE) -> np.ndarray:
     first_contextual = len(record.source) - len(record.members)
     for token in range(len(record.source)) if stage == VISION_STAGE else record.kept_after[stage]:
         number = token - first_contextual
-        if number >= 0:
+        if number >= 0 and record.kind[token] == "contextual":
             fate[record.members[number] or [record.source[token]]] = number
         elif record.source[token] >= 0:
             fate[record.source[token]] = -1

@@ -84,11 +84,15 @@ class Trace:
     Attributes:
         images: one record per image, filled when ``images=True``.
         passes: per decoder pass (prefill or training forward), the counts of each segment of layers.
+        tower_passes: images, tiles and frames that stage 1 got.
+        whole_passes: those that it left as they were, because the budget holds all that they have.
     """
 
     record_images: bool
     images: list[ImageRecord] = field(default_factory=list)
     passes: list[list[LayerCount]] = field(default_factory=list)
+    tower_passes: int = 0
+    whole_passes: int = 0
     _claimed: int = 0
 
     def claim(self, visual_BL: Tensor) -> list[tuple[ImageRecord, int]]:
@@ -104,6 +108,20 @@ class Trace:
             if placed is not None:
                 return placed
         return []
+
+    def reorder(self, tokens: list[int], order: list[int]) -> None:
+        """Sort the images recorded since the last pass; see ``reorder_pictures``."""
+        waiting, groups = iter(self.images[self._claimed :]), []
+        for wanted in tokens:
+            group: list[ImageRecord] = []
+            while sum(len(image.source) for image in group) < wanted:
+                image = next(waiting, None)
+                if image is None:
+                    return
+                group.append(image)
+            groups.append(group)
+        if next(waiting, None) is None:
+            self.images[self._claimed :] = [image for number in order for image in groups[number]]
 
     def average_tokens(self) -> float:
         """Return the visual tokens per layer, averaged over layers and over the samples that had an image.
@@ -171,7 +189,10 @@ def record_vision(reduction: VisionReduction) -> None:
     """Add one record per image of a stage-1 result to every active trace that wants images."""
     from duet.stage1 import KIND_NAMES
 
+    whole = reduction.is_whole
     for active in _ACTIVE.get():
+        active.tower_passes += len(reduction.source)
+        active.whole_passes += len(reduction.source) * int(whole)
         if not active.record_images:
             continue
         kinds = reduction.kind.expand_as(reduction.source)
@@ -180,6 +201,17 @@ def record_vision(reduction: VisionReduction) -> None:
         for source, kind, members in zip(sources, kinds, clusters, strict=True):
             groups = [[patch for patch in group if patch >= 0] for group in members]
             active.images.append(ImageRecord(reduction.grid, source, [KIND_NAMES[k] for k in kind], groups))
+
+
+def reorder_pictures(tokens: list[int], order: list[int]) -> None:
+    """Put the images recorded since the last decoder pass into the order in which they stand in the prompts.
+
+    Args:
+        tokens: how many each picture (one image, or the frames of a video) handed on, as they were recorded.
+        order: the numbers of the pictures in the order of their places.
+    """
+    for active in _ACTIVE.get():
+        active.reorder(tokens, order)
 
 
 def record_pass(segments: list[LayerCount]) -> None:

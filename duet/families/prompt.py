@@ -125,6 +125,12 @@ def owners(marks: Tensor, pictures: Pictures) -> list[int]:
     )
 
 
+def first_places(marks: Tensor, pictures: Pictures) -> list[int]:
+    """Return where the first placeholder of each image stands in the flattened batch. Shapes: marks [B, L]."""
+    starts = torch.tensor([0, *accumulate(pictures.expected)][:-1])
+    return marks.flatten().nonzero()[:, 0].cpu()[starts].tolist()
+
+
 def insert(prompt: Prompt, kinds: Sequence[tuple[Pictures, Tensor, Encoded]], prompt_length: int | None) -> Prompt:
     """Shrink the placeholders of every image to its tokens, everything else in lockstep, and fill the tokens in.
 

@@ -22,7 +22,7 @@ from duet.config import DuetConfig
 from duet.families.passes import UnitSignals, View, plan
 from duet.grids import pooled_grid
 from duet.signals import TowerSignals, attention_rows, mean_attention, rotate
-from duet.stage1 import DOMINANT, VISION_REDUCERS, TowerOutput, VisionReduction
+from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction
 from duet.tokens import gather_tokens
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Grid = tuple[int, int, int]
 """Frames, rows and columns of a picture, in patches."""
 
 _PATCHES_AT_ONCE = 8192  # of the frames that stage 1 looks at together; bounds memory in long videos
-_NEED_NEXT_BLOCK = ("prumerge",)
+_NEED_NEXT_BLOCK = "prumerge"  # and its variants read the block after the features
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def check_reducer(config: DuetConfig, model_type: str) -> None:
 
 def _works(name: str) -> bool:
     reducer = VISION_REDUCERS.get(name)
-    return not (hasattr(reducer, "resize") or hasattr(reducer, "encode") or name in _NEED_NEXT_BLOCK)
+    return not (hasattr(reducer, "resize") or hasattr(reducer, "encode") or name.startswith(_NEED_NEXT_BLOCK))
 
 
 @dataclass(frozen=True)
@@ -308,9 +308,3 @@ def _in_raster_order(reduction: VisionReduction, grid: tuple[int, int]) -> Visio
         members=gather_tokens(members, order) if members.numel() else members,
         grid=grid,
     )
-
-
-def is_whole(reduction: VisionReduction) -> bool:
-    """Return whether stage 1 left the frames as they were."""
-    units = math.prod(reduction.grid)
-    return reduction.tokens.shape[1] == units and bool((reduction.kind == DOMINANT).all())

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from duet import tracing
 from duet.decoder import DecoderOutput, run_decoder
 from duet.families import Family
-from duet.families.prompt import Encoded, Pictures, Prompt, insert, owners, placeholders
+from duet.families.prompt import Encoded, Pictures, Prompt, first_places, insert, owners, placeholders
 from duet.queries import answers_from_labels
 from duet.question import Question, asked, is_read, read_question
 
@@ -169,6 +170,10 @@ def _read_pictures(
     for pictures, marks in found:
         owner = torch.tensor(owners(marks, pictures))
         kinds.append((pictures, marks, pictures.encode(None if question is None else question.select(owner))))
+    if len(kinds) > 1 and tracing.is_active():
+        places = [place for pictures, marks, _ in kinds for place in first_places(marks, pictures)]
+        counts = [count for _, _, encoded in kinds for count in encoded.counts]
+        tracing.reorder_pictures(counts, sorted(range(len(places)), key=places.__getitem__))
     if kinds:
         prompt = insert(prompt, kinds, prompt_length)
     return prompt, {pictures.kind: encoded for pictures, _, encoded in kinds}

@@ -124,6 +124,12 @@ class VisionReduction:
     grid: tuple[int, int] = (0, 0)
     counts: Tensor | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every patch was handed on as it was. Known without looking at a device."""
+        patches = self.grid[0] * self.grid[1]
+        return self.counts is None and not self.members.numel() and self.source.shape[1] >= patches > 0
+
     def per_image(self, values_BKX: Tensor) -> list[Tensor]:
         """Return each image's rows of a tensor that is laid out as ``tokens``, without padding."""
         if self.counts is None:
