@@ -30,13 +30,13 @@ def text_guided(stage: Stage, config: DuetConfig) -> Tensor:
     signals = stage.next_signals()
     rows, counted = marked_indices(stage.state.queries)
     if config.queries == "salient":
-        rows, counted = _salient_rows(signals, rows, counted, config.salient_tokens)
+        rows, counted = salient_rows(signals, rows, counted, config.salient_tokens)
     elif isinstance(config.queries, tuple):
         rows, counted = _chosen_rows(rows, counted, config.queries)
     return signals.received(rows, counted)
 
 
-def _salient_rows(signals: DecoderSignals, rows: Tensor, counted: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def salient_rows(signals: DecoderSignals, rows: Tensor, counted: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the ``count`` text tokens that receive most text-to-text attention, plus the last one."""
     received = signals.received_among(rows, counted)
     last = counted.sum(1, keepdim=True).clamp(min=1) - 1
