@@ -6,25 +6,19 @@ paper counts. Layers are written for 32 and rescaled, as presets are.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from duet import budget
+from duet import solvers
 from duet.config import DuetConfig
 from duet.presets import PRESETS
+from duet.solvers import PATCHES, TOLERANCE, BudgetError
 from duet.stage1 import VISION_REDUCERS
 from duet.stage2 import LANGUAGE_REDUCERS
 
+__all__ = ["METHODS", "TOLERANCE", "BudgetError", "Method", "check_pair", "find", "solve"]
 _DEPTH = 32
-_CONTEXTUAL_SHARE = 5 / 32  # VisionZip: 162 + 30, 108 + 20, 54 + 10
-TOLERANCE = 0.5  # tokens
-
-
-class BudgetError(ValueError):
-    """A method cannot reach a budget; the message says how near it comes."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +28,13 @@ class Method:
     Attributes:
         stage1: vision reducer, or ``"none"``.
         schedule: after how many of 32 layers it drops, with the keep ratio of the published setting.
-        solve: which number is free: ``"entering"`` tokens, or the ``"ratios"`` of the schedule.
+        solve: which number is free: ``"entering"`` tokens; the ``"ratios"`` of the schedule; a factor on the published
+            ``"lists"``; nothing, what is ``"published"`` holds; or all stages, from a file (``"calibrated"``).
         options: further fields of ``DuetConfig``.
         source: where the setting is published.
         split: contextual tokens by the number that enters, where they are published; else VisionZip's share.
+        published: what the authors set for a budget of 576 patches: the tokens that are left after each stage, reducer
+            options, or the share of FLOPs to save.
     """
 
     stage1: str
@@ -46,6 +43,12 @@ class Method:
     source: str
     options: Mapping[str, Any] = field(default_factory=dict)
     split: Mapping[int, int] = field(default_factory=dict)
+    published: Mapping[int, Any] = field(default_factory=dict)
+
+    @property
+    def meets_budgets(self) -> bool:
+        """Whether the true average is what was asked for; a setting as it was released has the average that it has."""
+        return self.solve != "published" and not (self.solve == "calibrated" and self.published)
 
 
 _DUET = {16: 0.5, 24: 0.0}
@@ -53,11 +56,25 @@ _PYRAMID = {8: 0.5, 16: 0.25, 24: 0.125}
 _TABLE_12 = {row.entering: row.contextual for row in PRESETS["llava-1.5-7b"].values()}
 
 
+# SparseVLM's counts after its three stages, recycled tokens included (its version 2.0 has none). As released the stages
+# follow layers 3, 7 and 16 and are billed one layer early; one layer earlier the claimed averages are true.
+_SPARSE_15 = {192: (309, 204, 113), 128: (312, 117, 39), 64: (82, 32, 18)}
+_SPARSE_20 = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}
+_RANKS = {192: {"scale": 13.5, "bias": 0.0}, 128: {"scale": 9.0, "bias": 6.0}, 64: {"scale": 0.8, "bias": 0.0}}
+_KEEP = {"positions": "original"}
+
+
 def _vision(stage1: str, source: str) -> Method:
     return Method(stage1, {}, "entering", source)
 
 
-METHODS: dict[str, Method] = {
+def _listed(
+    solve: str, source: str, layers: Sequence[int], published: Mapping[int, Sequence[int]], **fields: Any
+) -> Method:
+    return Method("none", solvers.stages(layers, published[192], PATCHES), solve, source, fields, published=published)
+
+
+_ROWS: dict[str, Method] = {
     "duet": Method("local_cluster", _DUET, "entering", "DUET-VLM (C), Tables 1 and 12", split=_TABLE_12),
     "duet-all": Method("local_cluster", _DUET, "entering", "DUET-VLM (C+all), Table 8", {"queries": "all"}, _TABLE_12),
     "duet-salient": Method(
@@ -81,13 +98,53 @@ METHODS: dict[str, Method] = {
     "random": _vision("random", "baseline"),
     "pyramiddrop": Method("none", _PYRAMID, "ratios", "PyramidDrop (arXiv 2410.17247)"),
     "pyramiddrop-early": Method("none", {4: 0.5, 8: 0.25, 16: 0.125}, "ratios", "PyramidDrop with earlier stages"),
-    "fastv": Method("none", {2: 0.5}, "ratios", "FastV (arXiv 2403.06764), K = 2", {"stage2": "fastv"}),
-    "fastv-all": Method(
-        "none", {1: 0.5}, "ratios", "FastV as SparseVLM's authors ran it", {"stage2": "fastv", "queries": "all"}
+    "pyramiddrop-earliest": Method("none", {2: 0.5, 8: 0.25, 16: 0.125}, "ratios", "PyramidDrop with earlier stages"),
+    "fastv": Method("none", {2: 0.5}, "ratios", "FastV (arXiv 2403.06764), K = 2", {"stage2": "fastv", **_KEEP}),
+    "fastv-all": _listed(
+        "lists", "FastV as SparseVLM's authors ran it, K = 1, which comparison tables copy",
+        (1,), {192: (180,), 128: (114,), 64: (48,)}, stage2="fastv", options={"rows": "every"}, **_KEEP,
     ),
-    "dart": Method("none", {2: 0.5}, "ratios", "DART (arXiv 2502.11494)", {"stage2": "dart"}),
-    "random-llm": Method("none", {2: 0.5}, "ratios", "baseline", {"stage2": "random"}),
-}
+    "fitprune": Method("none", {}, "calibrated", "FitPrune (arXiv 2409.10197)", {"stage2": "fitprune", **_KEEP}),
+    "fitprune-release": Method(
+        "none", {}, "calibrated", "FitPrune, by the share of FLOPs that it saves", {"stage2": "fitprune", **_KEEP},
+        published={192: 0.7, 128: 0.8, 64: 0.9},
+    ),
+    "sparsevlm-1.0": Method(
+        "none", {2: 0.5, 6: 0.25, 15: 0.125, 19: 0.0625}, "ratios",
+        "SparseVLM 1.0 (arXiv 2410.04417), its stages with counts that a budget sets", {"stage2": "sparsevlm"},
+    ),
+    "sparsevlm-1.0-release": Method(
+        "none", dict.fromkeys((3, 7, 16, 20), 0.999), "published", "SparseVLM 1.0, counts from a rank",
+        {"stage2": "sparsevlm", "options": _RANKS[192]}, published=_RANKS,
+    ),
+    "sparsevlm-1.5": _listed("lists", "SparseVLM 1.5, stages where its averages are true", (2, 6, 15), _SPARSE_15,
+        stage2="sparsevlm"),
+    "sparsevlm-1.5-release": _listed("published", "SparseVLM 1.5", (3, 7, 16), _SPARSE_15, stage2="sparsevlm"),
+    "sparsevlm-2.0": _listed("lists", "SparseVLM 2.0, stages where its averages are true", (2, 6, 15), _SPARSE_20,
+        stage2="sparsevlm", options={"recycle": False, "plus": True}, **_KEEP),
+    "sparsevlm-2.0-release": _listed("published", "SparseVLM 2.0", (3, 7, 16), _SPARSE_20,
+        stage2="sparsevlm", options={"recycle": False, "plus": True, "heads": 14}, **_KEEP),
+    "dart": Method("none", {2: 0.5}, "ratios", "DART (arXiv 2502.11494)", {"stage2": "dart", **_KEEP}),
+    "dart-release": _listed("published", "DART, which counts what is left after its one stage", (2,),
+        {192: (188,), 128: (124,), 64: (60,)}, stage2="dart", **_KEEP),
+    "random-llm": Method("none", {2: 0.5}, "ratios", "baseline", {"stage2": "random", **_KEEP}),
+}  # fmt: skip
+
+
+def _language(method: Method) -> str:
+    """Return the name of a method's language reducer, or ``"none"``."""
+    drops = method.schedule or "stage2" in method.options
+    return str(method.options.get("stage2", "text_guided")) if drops else "none"
+
+
+def _available(method: Method) -> bool:
+    """Return whether the method's reducers are there: a reducer's file may be absent, and then its rows are, too."""
+    return method.stage1 in ("none", *VISION_REDUCERS.names()) and _language(method) in (
+        "none", *LANGUAGE_REDUCERS.names(),
+    )  # fmt: skip
+
+
+METHODS: dict[str, Method] = {name: method for name, method in _ROWS.items() if _available(method)}
 
 
 def check_pair(vision: str, language: str) -> None:
@@ -133,10 +190,16 @@ def find(name: str) -> Method:
     if language is None or language.stage1 != "none":
         schedule = {} if second == "none" else _DUET
         language = Method("none", schedule, "ratios", second, {} if second == "none" else {"stage2": second})
-    check_pair(vision.stage1, "none" if second == "none" else str(language.options.get("stage2", "text_guided")))
+    check_pair(vision.stage1, _language(language))
     if vision.stage1 == "none":
         return language
+    if language.solve == "calibrated":
+        raise ValueError(
+            f"{name}: the stages of {second} follow from a budget of its own, so that it cannot share one; give the "
+            "stages by hand"
+        )
     options = {**vision.options, **language.options}
+    options["options"] = {**vision.options.get("options", {}), **language.options.get("options", {})}
     return Method(vision.stage1, language.schedule, "entering", f"{vision.source}; {language.source}", options)
 
 
@@ -151,21 +214,18 @@ def solve(name: str, tokens: float, patches: int, num_layers: int, **overrides: 
         **overrides: fields of ``DuetConfig`` that do not touch the budget, for example ``seed=3``.
 
     Raises:
-        BudgetError: the nearest average that the method reaches is more than half a token away.
+        BudgetError: the nearest average that the method reaches is more than half a token away, or it needs a file.
         ValueError: unknown method.
     """
     method = find(name)
     # A drop after the first layers of 32 stays a drop after at least one layer of a shallower model.
-    layers = {max(1, round(layer * num_layers / _DEPTH)): ratio for layer, ratio in method.schedule.items()}
-    values = {"stage1": method.stage1, "schedule": layers, "depth": num_layers, **method.options}
-    base = DuetConfig(**(values | overrides))
-    solver: Callable[..., DuetConfig] = _solve_entering if method.solve == "entering" else _solve_ratios
-    config = solver(base, tokens, patches, num_layers)
-    if method.solve == "entering" and config.entering in method.split:
-        contextual = method.split[config.entering]
-        config = replace(config, dominant=config.entering - contextual, contextual=contextual)
+    layers = [max(1, round(layer * num_layers / _DEPTH)) for layer in method.schedule]
+    schedule = dict(zip(layers, method.schedule.values(), strict=True))
+    values = {"stage1": method.stage1, "schedule": schedule, "depth": num_layers, **method.options} | overrides
+    values["options"] = {**method.options.get("options", {}), **overrides.get("options", {})}
+    config = _solve(method, DuetConfig(**values), tokens, patches, num_layers, layers)
     reached = config.average_tokens(patches, num_layers)
-    if abs(reached - tokens) > TOLERANCE:
+    if method.meets_budgets and abs(reached - tokens) > TOLERANCE:
         raise BudgetError(
             f"{name} cannot average {tokens:g} of {patches} visual tokens over {num_layers} layers; the nearest is "
             f"{reached:g}, {abs(reached - tokens):.1f} tokens {'above' if reached > tokens else 'below'}"
@@ -173,38 +233,15 @@ def solve(name: str, tokens: float, patches: int, num_layers: int, **overrides: 
     return config
 
 
-def _solve_entering(base: DuetConfig, tokens: float, patches: int, num_layers: int) -> DuetConfig:
-    entering = min(budget.solve_entering(tokens, base.schedule, num_layers), patches)
-    if entering == patches and not base.counts_class_token:
-        return replace(base, dominant=patches, contextual=0)
-    contextual = round(entering * _CONTEXTUAL_SHARE)
-    return replace(base, dominant=entering - contextual, contextual=contextual)
-
-
-def _solve_ratios(base: DuetConfig, tokens: float, patches: int, num_layers: int) -> DuetConfig:
-    """Find the ratio ``r`` for which stage ``m`` keeps ``r ** m`` of the tokens, in whole tokens."""
-    layers = sorted(base.schedule)
-    weights = _weights(layers, num_layers)
-
-    def schedule(counts: list[int]) -> dict[int, float]:
-        return {layer: min(1.0, (n + 0.5) / patches) if n else 0.0 for layer, n in zip(layers, counts, strict=True)}
-
-    def average(counts: list[int]) -> float:
-        return budget.average_tokens(patches, schedule(counts), num_layers)
-
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        exact = sum(weight * middle**m for m, weight in enumerate(weights)) * patches
-        low, high = (middle, high) if exact < tokens else (low, middle)
-    counts = [math.floor(patches * low ** (m + 1) + 1e-6) for m in range(len(layers))]
-    if abs(average(counts) - tokens) > TOLERANCE:  # floors cost too much: the first stage keeps more, if it may
-        more = round((tokens - average(counts)) / weights[1])
-        counts[0] = max(counts[1] if len(counts) > 1 else 0, min(patches, counts[0] + more))
-    return replace(base, schedule=schedule(counts))
-
-
-def _weights(layers: list[int], num_layers: int) -> list[float]:
-    """Return the share of layers that each segment between drops has."""
-    edges = [0, *layers, num_layers]
-    return [(stop - start) / num_layers for start, stop in pairwise(edges)]
+def _solve(
+    method: Method, base: DuetConfig, tokens: float, patches: int, num_layers: int, layers: Sequence[int]
+) -> DuetConfig:
+    if method.solve == "entering":
+        return solvers.entering(base, tokens, patches, num_layers, method.split)
+    if method.solve == "ratios":
+        return solvers.ratios(base, tokens, patches, num_layers)
+    if method.solve == "lists":
+        return solvers.lists(base, tokens, patches, num_layers, layers, method.published)
+    if method.solve == "published":
+        return solvers.released(base, tokens, patches, layers, method.published)
+    return solvers.calibrated(base, tokens, patches, num_layers, method.published)

@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from duet.config import DuetConfig
 
 
-@LANGUAGE_REDUCERS.register("fastv")
+@LANGUAGE_REDUCERS.register("fastv", options={"rows": ("queries", "every")})
 @torch.no_grad()
 def fastv(stage: Stage, config: DuetConfig) -> Tensor:
-    """Return the attention that each position received in the last layer, averaged over heads and the query rows.
+    """Return the attention that each position received in the last layer, averaged over heads and rows.
 
-    FastV's row is the last prompt token (``queries="last"``); its keep ratio acts once, after two or three layers.
+    FastV's row is the last prompt token (``queries="last"``); its keep ratio acts once, after two or three layers. The
+    option ``rows="every"`` averages over all positions that are no answer, as SparseVLM's authors ran it; rows before
+    the image see none of it and are left out, which scales all scores alike.
     Shapes: returns [B, L]. Source: FastV Sec. 4.1 and its code, which reads the executed layer, not the next one.
     """
-    return stage.last_signals().received(*marked_indices(stage.state.queries))
+    state = stage.state
+    rows = state.visual | state.text if config.option("rows") == "every" else state.queries
+    return stage.last_signals().received(*marked_indices(rows))
