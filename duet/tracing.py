@@ -157,7 +157,9 @@ def _deal(images: list[ImageRecord], counts: list[int], placeholders: int) -> li
             placed.append((images[number], start))
             start += len(images[number].source)
             number += 1
-    return placed if start == end and number == len(images) else None
+        if start != end:
+            return None
+    return placed if number == len(images) else None
 
 
 _ACTIVE: ContextVar[tuple[Trace, ...]] = ContextVar("duet_trace", default=())

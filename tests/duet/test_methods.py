@@ -56,6 +56,29 @@ def test_selected_patches_are_tower_features_in_raster_order(name):
         assert torch.allclose(out.tokens[row], parts()["features"][row][out.source[row]], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", VISION)
+@torch.no_grad()
+def test_stage1_cached_generation_equals_recomputation(model, name):
+    single = small.mixed_singles()[2]
+    with attach(model, vision_config(name)):
+        cached = model.generate(**single, max_new_tokens=4, do_sample=False)
+        again = model.generate(**single, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(cached, again)
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_stage1_trains_projector_and_tower(name):
+    model = small.build().train()
+    sample = small.mixed_singles()[2]
+    labels = sample["input_ids"].clone()
+    labels[:, :-3] = -100
+    with attach(model, vision_config(name)):
+        model(**sample, labels=labels).loss.backward()
+    tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
+    for part in (model.model.multi_modal_projector.linear_1, tower.encoder.layers[0].mlp.fc1):
+        assert part.weight.grad.isfinite().all() and part.weight.grad.abs().sum() > 0
+
+
 def language_config(name, **options):
     return DuetConfig(stage1="none", stage2=name, schedule={2: 0.5, 4: 0.25}, **options)
 
