@@ -3,18 +3,20 @@
 import pytest
 import torch
 from models import CASES, LAYERS
+from qwen_models import CASES as QWEN
 
 import duet
 from duet import DuetConfig
 from duet.budget import tokens_per_layer
 
+ALL = CASES | QWEN
 TOLERANCE = 1e-5
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 
-@pytest.fixture(params=list(CASES))
+@pytest.fixture(params=list(ALL))
 def case(request):
-    return CASES[request.param]
+    return ALL[request.param]
 
 
 @pytest.fixture
