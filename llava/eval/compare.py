@@ -30,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_grid_arguments(parser)
     parser.add_argument("--methods", default="duet,visionzip,pyramiddrop,fastv,random", help="names and pairs, or all")
     parser.add_argument("--budgets", default="192,128,64", help="visual tokens per layer on average")
+    parser.add_argument("--calibration", default=None, help="file of duet calibrate, for methods that need one")
     return parser
 
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace, processes: Processes) -> bool:
     methods, tolerant = choose_methods(args.methods)
     budgets, seeds = numbers("budgets", args.budgets, 1), numbers("seeds", args.seeds)
     geometry = common_geometry(args)
-    plans, refused = solved_plans(methods, budgets, seeds, geometry, tolerant)
+    plans, refused = solved_plans(methods, budgets, seeds, geometry, tolerant, args.calibration)
     heading = f"# Methods at equal average tokens\n\n{args.command}"
     grid = Grid(args, processes, plans, geometry, refused, tolerant, "compare", heading, against_cost, print)
     return grid.run()

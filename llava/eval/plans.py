@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from duet import DuetConfig
-from duet.methods import METHODS, BudgetError, find, solve
+from duet.methods import METHODS, BudgetError, Method, find, solve
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import inspect_checkpoint, model_class
 from llava.model.hf_layout import config_from_hf, is_hf_llava
@@ -70,6 +71,7 @@ class Plan:
         config: the reduction, None for none.
         seed: where the method draws at random.
         point: values of what an ablation varies, by name.
+        exact: whether its true average is the budget; a setting as its authors released it has the one that it has.
     """
 
     label: str
@@ -77,6 +79,7 @@ class Plan:
     config: DuetConfig | None
     seed: int | None = None
     point: Mapping[str, Any] = field(default_factory=dict)
+    exact: bool = True
 
     @property
     def line(self) -> tuple:
@@ -150,16 +153,27 @@ def draws(config: DuetConfig) -> bool:
     return config.stage1 == _DRAWING or (config.stage2 == _DRAWING and bool(config.schedule))
 
 
-def with_seeds(label: str, budget: float, config: DuetConfig, seeds: Sequence[int], **point: Any) -> list[Plan]:
-    """One plan, or one per seed where the configuration chooses at random."""
-    if not draws(config):
-        return [Plan(label, budget, config, None, point)]
-    values = config.to_dict()
-    return [Plan(label, budget, DuetConfig.from_dict(values | {"seed": seed}), seed, point) for seed in seeds]
+def with_seeds(plan: Plan, seeds: Sequence[int]) -> list[Plan]:
+    """The plan, or one per seed where its configuration chooses at random."""
+    if plan.config is None or not draws(plan.config):
+        return [plan]
+    return [replace(plan, config=replace(plan.config, seed=seed), seed=seed) for seed in seeds]
+
+
+def calibration_option(method: Method, calibration: str | None) -> dict[str, Any]:
+    """Overrides that hand a calibration file to a method that needs one."""
+    if calibration is None or method.solve != "calibrated":
+        return {}
+    return {"options": {"calibration": calibration}}
 
 
 def solved_plans(
-    methods: Sequence[str], budgets: Sequence[int], seeds: Sequence[int], geometry: Geometry, tolerant: bool = False
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    seeds: Sequence[int],
+    geometry: Geometry,
+    tolerant: bool = False,
+    calibration: str | None = None,
 ) -> tuple[list[Plan], list[str]]:
     """Solve every method's budget.
 
@@ -169,6 +183,7 @@ def solved_plans(
         seeds: for methods that choose at random.
         geometry: of the model.
         tolerant: name what cannot be configured instead of raising.
+        calibration: a file, for methods that need one.
 
     Returns:
         The runs, the baseline first, and what cannot be run and why.
@@ -183,17 +198,17 @@ def solved_plans(
             f"ask for at most {geometry.patches}"
         )
     plans, refused = [baseline()], []
-    for budget in budgets:
-        for method in methods:
-            try:
-                config = solve(method, budget, geometry.patches, geometry.layers)
-                config.validate(geometry.patches, geometry.layers)
-            except BudgetError as error:
-                refused.append(str(error))
-            except (ValueError, OSError, ImportError) as error:
-                if not tolerant:
-                    raise
-                refused.append(f"{method} at {budget}: {error}")
-            else:
-                plans += with_seeds(method, budget, config, seeds)
+    for budget, name in product(budgets, methods):
+        method = find(name)
+        given = calibration_option(method, calibration)
+        try:
+            config = solve(name, budget, geometry.patches, geometry.layers, **given)
+            config.validate(geometry.patches, geometry.layers)
+        except (ValueError, OSError, ImportError) as error:
+            if not tolerant and (not isinstance(error, BudgetError) or (method.solve == "calibrated" and not given)):
+                raise
+            reason = str(error) if str(error).startswith(name) else f"{name} at {budget}: {error}"
+            refused += [] if reason in refused else [reason]
+        else:
+            plans += with_seeds(Plan(name, budget, config, exact=method.meets_budgets), seeds)
     return plans, refused

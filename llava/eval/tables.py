@@ -42,7 +42,7 @@ def markdown(lines: Sequence[Line], names: Sequence[str], patches: int, refused:
     out = [heading, ""]
     for budget in sorted({line.plan.budget for line in lines if line.plan.config is not None}, reverse=True):
         group = [line for line in lines if line.plan.budget == budget and line.plan.config is not None]
-        group.sort(key=lambda line: -fmean(line.averages or [0]))
+        group.sort(key=lambda line: (not line.plan.exact, -fmean(line.averages or [0])))
         less = 100 * (1 - budget / patches)
         out += [f"## Avg {budget:g} tokens (↓ {less:.1f}%)" if budget else "## Other settings", ""]
         out += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -56,6 +56,9 @@ def markdown(lines: Sequence[Line], names: Sequence[str], patches: int, refused:
     out += ["", TOKENS_NOTE, "", *notes([baseline.results[0].row], names)]
     out += [f"- incomplete: {result.row.name} ({result.model})" for line in lines for result in line.results
             if len(result.row.scores) < len(result.row.marks)]  # fmt: skip
+    released = dict.fromkeys(line.plan.label for line in lines if not line.plan.exact)
+    if released:
+        out.append(f"- as released, at the average that their settings have: {', '.join(released)}")
     out += [f"- not run: {reason}" for reason in refused]
     return "\n".join(out).rstrip() + "\n"
 

@@ -87,8 +87,19 @@ def test_the_record_of_a_run_holds_its_cost(compared):
     records = [json.loads(path.read_text()) for path in compared[0].rglob("*.result.json")]
     assert len(records) == 2 * 10  # full, fastv; duet and the pair at two budgets; random twice at each
     assert all(record["visual_tokens"]["prefill_flops"] > 0 for record in records)
-    full = next(record for record in records if record["settings"]["reduction"] is None)
-    assert full["visual_tokens"]["prefill_flops"] == max(r["visual_tokens"]["prefill_flops"] for r in records)
+    for benchmark in ("pope", "scienceqa"):
+        own = [record for record in records if record["benchmark"] == benchmark]
+        (full,) = [record for record in own if record["settings"]["reduction"] is None]
+        assert full["visual_tokens"]["prefill_flops"] == max(r["visual_tokens"]["prefill_flops"] for r in own)
+
+
+def test_a_cost_does_not_depend_on_the_batch(world, compared, tmp_path):
+    alone = ("--methods", "duet,visionzip+fastv", "--budgets", "12", "--batch", "1")
+    assert main(flags(world, tmp_path, *alone, benchmarks="pope,scienceqa")) == 0
+    batched = {(row["method"], row["budget"]): row for row in csv_rows(compared[0] / "compare.csv")}
+    for row in csv_rows(tmp_path / "compare.csv"):
+        for name in ("tokens", "entering", "retained", "prefill_flops", "tower_flops", "kv_bytes"):
+            assert float(row[name]) == pytest.approx(float(batched[row["method"], row["budget"]][name])), name
 
 
 def forbid_asking(monkeypatch):
@@ -206,6 +217,22 @@ def test_all_takes_every_method_and_names_what_cannot_run(monkeypatch):
     assert {plan.label for plan in plans} >= {"full", "duet", "fastv"}
     with pytest.raises(ValueError):
         solved_plans(["broken"], [128], [0], Geometry(576, 32))
+
+
+def test_a_missing_calibration_says_which_command_makes_it():
+    arguments = (["fitprune"], [192, 128], [0], Geometry(576, 32))
+    with pytest.raises(ValueError, match="fitprune needs a calibration of the model"):
+        solved_plans(*arguments)
+    plans, refused = solved_plans(*arguments, tolerant=True)
+    assert len(plans) == len(refused) == 1
+    with pytest.raises(ValueError, match="nowhere"):
+        solved_plans(*arguments, calibration="nowhere.json")
+
+
+def test_settings_as_released_stand_apart():
+    plans, _ = solved_plans(["fastv", "dart-release"], [192], [0], Geometry(576, 32))
+    assert [plan.exact for plan in plans] == [True, True, False]
+    assert abs(plans[2].config.average_tokens(576, 32) - 192) > 1
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,10 @@ from llava.reduction import ReductionArguments
 @pytest.mark.parametrize("vision", VISION_REDUCERS.names())
 @pytest.mark.parametrize("language", LANGUAGE_REDUCERS.names())
 def test_every_pair_meets_a_budget(vision, language):
+    if language in METHODS and METHODS[language].solve == "calibrated":
+        with pytest.raises(ValueError, match="give the stages by hand"):
+            find(f"{vision}+{language}")
+        return
     method = find(f"{vision}+{language}")
     assert (method.stage1, method.options["stage2"] if language not in METHODS else language) == (vision, language)
     if getattr(VISION_REDUCERS.get(vision), "adaptive", False):
