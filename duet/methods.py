@@ -29,7 +29,8 @@ class Method:
         stage1: vision reducer, or ``"none"``.
         schedule: after how many of 32 layers it drops, with the keep ratio of the published setting.
         solve: which number is free: ``"entering"`` tokens; the ``"ratios"`` of the schedule; a factor on the published
-            ``"lists"``; nothing, what is ``"published"`` holds; or all stages, from a file (``"calibrated"``).
+            ``"lists"``; nothing, what is ``"published"`` holds; all stages, from a file (``"calibrated"``); or nothing,
+            because stage 1 is ``"adaptive"``.
         options: further fields of ``DuetConfig``.
         source: where the setting is published.
         split: contextual tokens by the number that enters, where they are published; else VisionZip's share.
@@ -48,7 +49,7 @@ class Method:
     @property
     def meets_budgets(self) -> bool:
         """Whether the true average is what was asked for; a setting as it was released has the average that it has."""
-        return self.solve != "published" and not (self.solve == "calibrated" and self.published)
+        return self.solve not in ("published", "adaptive") and not (self.solve == "calibrated" and self.published)
 
 
 _DUET = {16: 0.5, 24: 0.0}
@@ -89,7 +90,11 @@ _ROWS: dict[str, Method] = {
     "fastervlm": _vision("fastervlm", "FasterVLM (arXiv 2412.01818)"),
     "hired": _vision("hired", "HiRED (arXiv 2408.10945)"),
     "prumerge": _vision("prumerge", "PruMerge (arXiv 2403.15388), fixed count"),
+    "prumerge_plus": _vision("prumerge_plus", "PruMerge+ (arXiv 2403.15388), fixed count"),
+    "prumerge_adaptive": Method("prumerge_adaptive", {}, "adaptive", "PruMerge, about 32 of 576 tokens"),
+    "prumerge_plus_adaptive": Method("prumerge_plus_adaptive", {}, "adaptive", "PruMerge+, about 144 of 576 tokens"),
     "vispruner": _vision("vispruner", "VisPruner"),
+    "cdpruner": _vision("cdpruner", "CDPruner (arXiv 2506.10967)"),
     "divprune": _vision("divprune", "DivPrune (arXiv 2503.02175)"),
     "tome": _vision("tome", "ToMe (arXiv 2210.09461), in the tower"),
     "tome_post": _vision("tome_post", "ToMe (arXiv 2210.09461), after the tower"),
@@ -214,7 +219,7 @@ def solve(name: str, tokens: float, patches: int, num_layers: int, **overrides: 
         **overrides: fields of ``DuetConfig`` that do not touch the budget, for example ``seed=3``.
 
     Raises:
-        BudgetError: the nearest average that the method reaches is more than half a token away, or it needs a file.
+        BudgetError: the nearest average that the method reaches is more than half a token away, or none can be set.
         ValueError: unknown method.
     """
     method = find(name)
@@ -223,7 +228,13 @@ def solve(name: str, tokens: float, patches: int, num_layers: int, **overrides: 
     schedule = dict(zip(layers, method.schedule.values(), strict=True))
     values = {"stage1": method.stage1, "schedule": schedule, "depth": num_layers, **method.options} | overrides
     values["options"] = {**method.options.get("options", {}), **overrides.get("options", {})}
-    config = _solve(method, DuetConfig(**values), tokens, patches, num_layers, layers)
+    base = DuetConfig(**values)
+    if base.adaptive:
+        raise BudgetError(
+            f"{name} finds the number of tokens of each image by itself, so that no budget can be set; run it with "
+            f"stage1={base.stage1!r} and read its average from the ledger, or take a method with a fixed number"
+        )
+    config = _solve(method, base, tokens, patches, num_layers, layers)
     reached = config.average_tokens(patches, num_layers)
     if method.meets_budgets and abs(reached - tokens) > TOLERANCE:
         raise BudgetError(

@@ -32,7 +32,6 @@ Grid = tuple[int, int, int]
 """Frames, rows and columns of a picture, in patches."""
 
 _PATCHES_AT_ONCE = 8192  # of the frames that stage 1 looks at together; bounds memory in long videos
-_NEED_NEXT_BLOCK = "prumerge"  # and its variants read the block after the features
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,8 @@ def check_reducer(config: DuetConfig, model_type: str) -> None:
 
 def _works(name: str) -> bool:
     reducer = VISION_REDUCERS.get(name)
-    return not (hasattr(reducer, "resize") or hasattr(reducer, "encode") or name.startswith(_NEED_NEXT_BLOCK))
+    runs_tower = hasattr(reducer, "resize") or hasattr(reducer, "encode")
+    return not (runs_tower or getattr(reducer, "reads_next_block", False))
 
 
 @dataclass(frozen=True)

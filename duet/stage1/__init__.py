@@ -3,9 +3,13 @@
 A reducer is a callable ``reduce(tower, config) -> VisionReduction`` registered by name with
 ``@VISION_REDUCERS.register("name")``. It hands on ``config.entering`` tokens per image and looks at no other image. One
 with a method ``resize(pixel_values, config, patch_size)`` changes the pictures before the tower sees them; one with a
-method ``encode(blocks, hidden, class_token, grid, config)`` runs the tower's blocks itself. One with an attribute
-``adaptive = True`` finds the number of tokens by itself, image by image, and sets ``VisionReduction.counts``; one with
-``reads_question = True`` gets ``TowerOutput.question``.
+method ``encode(blocks, hidden, class_token, grid, config)`` runs the tower's blocks itself.
+
+Attributes of a reducer that say more, all False unless set:
+    adaptive: it finds the number of tokens by itself, image by image, and sets ``VisionReduction.counts``.
+    shares_tiles: it may share a budget between the passes of one picture, by ``TowerOutput.tiles``.
+    reads_question: it gets ``TowerOutput.question``.
+    reads_next_block: it calls ``TowerOutput.next_signals``.
 """
 
 from __future__ import annotations

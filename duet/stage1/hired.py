@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from duet.config import DuetConfig
 
 
-@VISION_REDUCERS.register("hired", options={"alpha": 0.5})
-def hired(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
+class HiRED:
     """Keep the patches with most class-token attention, where tiles with more content keep more.
 
     A picture of one pass keeps ``K = config.entering`` patches. One with tiles keeps ``K`` times its passes: a share
@@ -29,13 +28,18 @@ def hired(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     the whole picture band by band in place of tile by tile, as the released code does.
     A tower without a class token is ranked by column mass. Source: HiRED Sec. 4; METHODS 2.2 for the release.
     """
-    score = class_attention(tower.signals)
-    if tower.tiles is None or not any(map(math.prod, tower.tiles)):
-        return keep_patches(tower, top_indices(score, config.entering))
-    budget = _budgets(tower, config)
-    places = torch.arange(score.shape[1], device=score.device).expand_as(score)
-    rank = torch.empty_like(places).scatter_(1, rank_descending(score), places)
-    return keep_marked(tower, rank < budget.unsqueeze(1))
+
+    shares_tiles = True
+
+    def __call__(self, tower: TowerOutput, config: DuetConfig) -> VisionReduction:
+        """Return what each pass keeps, in raster order; with ``counts`` where pictures have tiles."""
+        score = class_attention(tower.signals)
+        if tower.tiles is None or not any(map(math.prod, tower.tiles)):
+            return keep_patches(tower, top_indices(score, config.entering))
+        budget = _budgets(tower, config)
+        places = torch.arange(score.shape[1], device=score.device).expand_as(score)
+        rank = torch.empty_like(places).scatter_(1, rank_descending(score), places)
+        return keep_marked(tower, rank < budget.unsqueeze(1))
 
 
 def _budgets(tower: TowerOutput, config: DuetConfig) -> Tensor:
@@ -107,3 +111,6 @@ def _apportion(weights_PT: Tensor, rest: int, limit: int) -> Tensor:
     claim = (rest * weights_PT).unsqueeze(-1) - seats * sums.unsqueeze(-1)
     chosen = claim.flatten(1).sort(dim=1, descending=True, stable=True).indices[:, :rest]
     return torch.nn.functional.one_hot(chosen // limit, max(1, weights_PT.shape[1])).sum(1)[:, : weights_PT.shape[1]]
+
+
+VISION_REDUCERS.register("hired", options={"alpha": 0.5})(HiRED())
