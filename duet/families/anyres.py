@@ -25,7 +25,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from duet import tracing
 from duet.config import DuetConfig
 from duet.families import ModelFacts
-from duet.families.passes import View, feature_choice, plan, reduce_passes, singles
+from duet.families.passes import View, feature_choice, plan, reduce_passes, runs_tower_itself, singles
 from duet.families.prompt import Encoded, Pictures
 from duet.stage1 import CLASS_TOKEN, CONTEXTUAL, DOMINANT, NEWLINE, VISION_REDUCERS, TowerOutput, VisionReduction
 from duet.vision import encode_vision, run_tower
@@ -65,8 +65,10 @@ class Layout:
         tiles = get_anyres_image_grid_shape(tuple(size), pinpoints, image_size)
         height, width = tiles[0] * side, tiles[1] * side
         visible = unpad_image(torch.arange(height * width).view(1, height, width), tuple(size))[0]
-        first, last = int(visible[0, 0]), int(visible[-1, -1])
         shown = tuple(visible.shape)
+        if not visible.numel():  # so long and thin that nothing of it is left beside the padding
+            return cls(side, tiles, range(0), range(0), shown)
+        first, last = int(visible[0, 0]), int(visible[-1, -1])
         if most_tiles is not None:
             ratio = math.sqrt(visible.numel() / (most_tiles * side**2))
             if ratio > 1.1:
@@ -146,7 +148,7 @@ def encode_pictures(
     """
     plans = [plan(config, [len(view.units) for view in layout.views()], how.has_class) for layout in layouts]
     reduced = [number for number, mine in enumerate(plans) if any(mine)]
-    if reduced and _runs_tower_itself(config):
+    if reduced and runs_tower_itself(config):
         return _encode_whole_tiles(how, tiles_TCHW, layouts, config)
     output = run_tower(how.tower, tiles_TCHW, how.select_layer)
     if question is not None:
@@ -220,11 +222,6 @@ class _Batch:
             parts = singles(reducer(output, budget))
             found.append([_visible(part, view) for part, view in zip(parts, mine, strict=True)])
         return found
-
-
-def _runs_tower_itself(config: DuetConfig) -> bool:
-    reducer = VISION_REDUCERS.get(config.stage1)
-    return hasattr(reducer, "resize") or hasattr(reducer, "encode")
 
 
 def _encode_whole_tiles(how: AnyRes, tiles_TCHW: Tensor, layouts: Sequence[Layout], config: DuetConfig) -> Encoded:

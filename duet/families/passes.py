@@ -17,7 +17,7 @@ from duet import tracing
 from duet.config import DuetConfig
 from duet.signals import TowerSignals
 from duet.stage1 import NEWLINE, VISION_REDUCERS, TowerOutput, VisionReduction
-from duet.vision import run_tower
+from duet.vision import encode_vision, run_tower
 
 if TYPE_CHECKING:
     from duet.question import Question
@@ -146,7 +146,7 @@ def plan(config: DuetConfig, units: Sequence[int], has_class: bool) -> list[Duet
         has_class: whether the tower has a class token that may count as one of them.
 
     Raises:
-        ValueError: fewer tokens for a picture than it has passes.
+        ValueError: fewer tokens for a picture than it has passes, or a method that cannot share them.
     """
     class_token = int(has_class and config.counts_class_token)
     taking_part = [number for number, size in enumerate(units) if size]
@@ -157,6 +157,8 @@ def plan(config: DuetConfig, units: Sequence[int], has_class: bool) -> list[Duet
             f"dominant = {config.dominant} tokens of a picture cannot be shared by its {len(taking_part)} tower passes "
             "(tiles or frames); ask for at least one each, or for fewer frames"
         )
+    if shared and runs_tower_itself(config):
+        raise ValueError(f"stage1={config.stage1!r} keeps equally many tokens of every tower pass; use per='pass'")
     for rank, number in enumerate(taking_part):
         counts = config.for_patches(units[number])
         if shared:
@@ -168,6 +170,12 @@ def plan(config: DuetConfig, units: Sequence[int], has_class: bool) -> list[Duet
         if not _keeps_all(counts, units[number], class_token):
             plans[number] = counts
     return plans
+
+
+def runs_tower_itself(config: DuetConfig) -> bool:
+    """Return whether the vision reducer changes pictures or tower blocks, so that it cannot start from features."""
+    reducer = VISION_REDUCERS.get(config.stage1)
+    return hasattr(reducer, "resize") or hasattr(reducer, "encode")
 
 
 def _keeps_all(config: DuetConfig, units: int, class_token: int) -> bool:
@@ -273,6 +281,8 @@ def encode_frames(how: Frames, videos_VFCHW: Tensor, config: DuetConfig, questio
     plans = plan(config, [len(how.view.units)] * frames, how.class_token)
     if not any(plans):
         return _left_whole(how, pixels, frames)
+    if runs_tower_itself(config):
+        return _encode_whole_frames(how, pixels, config, frames)
     if question is not None:
         question = question.select(torch.arange(videos).repeat_interleave(frames))
     tokens: list[Tensor] = []
@@ -285,6 +295,21 @@ def encode_frames(how: Frames, videos_VFCHW: Tensor, config: DuetConfig, questio
         for reduction in reduce_passes(output, [how.view] * len(chosen), chosen, features):
             tracing.record_vision(reduction)
             tokens.append(reduction.tokens[0])
+    counts = [sum(len(t) for t in tokens[i : i + frames]) for i in range(0, len(tokens), frames)]
+    return list(how.finish(torch.cat(tokens)).split(counts))
+
+
+def _encode_whole_frames(how: Frames, pixels_TCHW: Tensor, config: DuetConfig, frames: int) -> list[Tensor]:
+    """Return the tokens of videos for a vision reducer that changes tower passes."""
+    if how.embed is not None:
+        raise ValueError(
+            f"stage1={config.stage1!r} changes pictures or tower blocks, but here one token stands for several patches "
+            "after the tower; choose another stage1"
+        )
+    tokens = []
+    for pixels in pixels_TCHW.split(_PASSES_AT_ONCE):
+        reduction = encode_vision(how.tower, pixels, select_layer=how.select_layer, config=config, project=how.finish)
+        tokens.extend(reduction.per_image(reduction.tokens))
     counts = [sum(len(t) for t in tokens[i : i + frames]) for i in range(0, len(tokens), frames)]
     return list(how.finish(torch.cat(tokens)).split(counts))
 
