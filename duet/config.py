@@ -175,12 +175,14 @@ class DuetConfig:
                 f"preset {name!r} has rows {sorted(rows)}, not {tokens}; use budget.solve_entering for others"
             )
         row = rows[tokens]
-        units = 1 if overrides.get("per") == "picture" else row.units
+        per = overrides.get("per", row.per)
+        units = 1 if per == "picture" else row.units
         values: dict[str, Any] = {
             "dominant": row.dominant // units,
             "contextual": row.contextual // units,
             "schedule": dict(row.schedule),
             "depth": row.depth,
+            "per": per,
         }
         return cls(**(values | overrides))
 

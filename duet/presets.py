@@ -1,7 +1,8 @@
 """The budgets of the paper's Tables 12-15, each with its source.
 
 ``dominant`` and ``contextual`` are totals per image (or video), as printed; ``units`` is the number of tower passes
-that share them (tiles of LLaVA-NeXT, frames of Video-LLaVA), so one pass keeps ``dominant / units``.
+that share them (tiles of LLaVA-NeXT, frames of Video-LLaVA), so one pass keeps ``dominant / units``. That is exact for
+five tiles and eight frames only; the rows with ``per="picture"`` keep the total whatever the number of passes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Preset:
     schedule: tuple[tuple[int, float], ...] = _LLAMA
     depth: int = 32
     units: int = 1
+    per: str = "pass"
 
     @property
     def entering(self) -> int:
@@ -50,6 +52,15 @@ PRESETS: dict[str, dict[int, Preset]] = {
         960: Preset(1280, 256, "Table 14", units=8),
         136: Preset(160, 56, "Table 14 (its true average is 135)", units=8),
     },
+    "llava-next-7b-per-picture": {
+        640: Preset(850, 175, "Table 13, for any number of tiles", per="picture"),
+        320: Preset(360, 150, "Table 13, for any number of tiles", per="picture"),
+        160: Preset(225, 30, "Table 13, for any number of tiles", per="picture"),
+    },
+    "video-llava-7b-per-picture": {
+        960: Preset(1280, 256, "Table 14, for any number of frames", per="picture"),
+        136: Preset(162, 56, "derived from Table 14, for any number of frames (average 136.25)", per="picture"),
+    },
     # Table 15 contradicts its own caption: no single ratio list gives 640, 320 and 160. These rows are the consistent
     # ones for the 85:15 split and {14: 0.5, 21: 0}.
     "qwen2.5-vl-7b": {
@@ -67,3 +78,5 @@ PRESETS: dict[str, dict[int, Preset]] = {
     },
 }
 PRESETS["llava-1.5-13b"] = PRESETS["llava-1.5-7b"]
+PRESETS["llava-next-13b"] = PRESETS["llava-next-7b"]
+PRESETS["llava-next-13b-per-picture"] = PRESETS["llava-next-7b-per-picture"]
