@@ -16,6 +16,7 @@ POSITIONS = ("auto", "compact", "original")
 VARIANTS = ("paper", "release")
 PER = ("pass", "picture")
 CONFIG_KEY = "duet"
+_STAGE2 = "text_guided"
 
 
 def _default_schedule() -> dict[int, float]:
@@ -60,7 +61,7 @@ class DuetConfig:
     positions: str = "auto"
     variant: str = "paper"
     stage1: str = "local_cluster"
-    stage2: str = "text_guided"
+    stage2: str = _STAGE2
     salient_tokens: int = 5
     depth: int | None = None
     seed: int = 0
@@ -99,7 +100,8 @@ class DuetConfig:
     def _check_stage2(self) -> None:
         from duet.stage2 import LANGUAGE_REDUCERS
 
-        LANGUAGE_REDUCERS.get(self.stage2)
+        if self.schedule or self.stage2 != _STAGE2:  # DUET's own, where nothing asks for it, may be absent
+            LANGUAGE_REDUCERS.get(self.stage2)
         _check_count("seed", self.seed, least=0)
         _check_choice("positions", self.positions, POSITIONS)
         if isinstance(self.queries, str):
@@ -299,7 +301,7 @@ def declared_options(stage1: str, stage2: str) -> dict[str, Any]:
     from duet.stage2 import LANGUAGE_REDUCERS
 
     vision = {} if stage1 == "none" else VISION_REDUCERS.options(stage1)
-    return LANGUAGE_REDUCERS.options(stage2) | vision
+    return (LANGUAGE_REDUCERS.options(stage2) if stage2 in LANGUAGE_REDUCERS.names() else {}) | vision
 
 
 def _clean_options(options: Mapping[str, Any], stage1: str, stage2: str) -> dict[str, Any]:
