@@ -36,7 +36,7 @@ def paper_clusters(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     class token is not used. Where fewer than ``w`` residual patches exist, a cluster averages all of them.
     """
     patches = tower.patches
-    dominant_count, contextual_count = config.dominant, config.contextual
+    dominant_count, contextual_count = int(config.dominant), int(config.contextual)
     best = top_indices(tower.signals.column_mass(), dominant_count + contextual_count)
     dominant = best[:, :dominant_count].sort(dim=1).values
     centroids = best[:, dominant_count:]
@@ -68,6 +68,6 @@ def released_clusters(tower: TowerOutput, config: DuetConfig) -> VisionReduction
     score = class_attention(tower.signals)
     with_class = int(tower.class_token)
     order = rank_descending(score)
-    kept = config.dominant - with_class
-    size = min(max(1, config.cluster_width * config.contextual), order.shape[1] - kept)
-    return merge_into_anchors(tower, order[:, :kept], order[:, kept : kept + size], config.contextual)
+    kept, contextual = int(config.dominant) - with_class, int(config.contextual)
+    size = min(max(1, config.cluster_width * contextual), order.shape[1] - kept)
+    return merge_into_anchors(tower, order[:, :kept], order[:, kept : kept + size], contextual)

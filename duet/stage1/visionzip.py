@@ -20,7 +20,7 @@ def visionzip(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     Shapes: features [B, M, D]; returns K = k1 + k2 tokens. Source: VisionZip Sec. 3.2, its released code.
     """
     order = rank_descending(class_attention(tower.signals))
-    kept = config.dominant - int(tower.class_token)
+    kept = int(config.dominant) - int(tower.class_token)
     dominant = order[:, :kept]
     residual = order[:, kept:].sort(dim=1).values
-    return merge_into_anchors(tower, dominant, residual, config.contextual)
+    return merge_into_anchors(tower, dominant, residual, int(config.contextual))

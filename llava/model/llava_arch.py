@@ -301,12 +301,14 @@ class LlavaMetaForCausalLM(ABC):
 
     def _tiles(self, counts: list[int], image_sizes) -> list[tuple[int, int]] | None:
         """(rows, columns) of tiles of each picture; None where no picture has any, or their layout is not known."""
-        known = image_sizes is not None and getattr(self.config, "image_grid_pinpoints", None)
-        if self.reduction is None or max(counts) == 1 or not known:
+        pinpoints = getattr(self.config, "image_grid_pinpoints", None)
+        if self.reduction is None or max(counts) == 1 or image_sizes is None or not pinpoints:
             return None
-        grids = [self._tile_grid(size)[::-1] for size in image_sizes]
-        tiles = [grid if count > 1 else (0, 0) for grid, count in zip(grids, counts, strict=True)]
-        return tiles if all(1 + r * c == n for (r, c), n in zip(tiles, counts, strict=True)) else None
+        tiles = []
+        for size, count in zip(image_sizes, counts, strict=True):
+            across, down = self._tile_grid(size) if count > 1 else (0, 0)
+            tiles.append((down, across))
+        return tiles if [1 + rows * columns for rows, columns in tiles] == counts else None
 
     def _tile_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(tiles across, tiles down) of a picture of (width, height)."""
