@@ -33,9 +33,9 @@ def load_methods(source: str) -> None:
     """Run a file, or import a module, that registers methods.
 
     Raises:
-        ValueError: there is no such file or module.
+        ValueError: there is no such file or module, or another module has the file's name.
     """
-    path = Path(source)
+    path = Path(source).resolve()
     if path.suffix != ".py":
         try:
             importlib.import_module(source)
@@ -48,6 +48,11 @@ def load_methods(source: str) -> None:
         return
     if not path.is_file():
         raise ValueError(f"--import {source}: no such file")
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None:
+        if getattr(loaded, "__file__", None) != str(path):
+            raise ValueError(f"--import {source}: there is another module {path.stem!r} already; rename the file")
+        return
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -18,7 +18,7 @@ from llava.eval.plots import against_point, bars
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12)
 SPLIT_WIDTHS = (2, 4, 6, 8)
 CONTEXTUAL_SHARES = (0.02, 0.05, 0.1, 0.17, 0.25, 0.4)
-STAGES = (8, 16, 24)
+STAGES: tuple[int, ...] = (8, 16, 24)
 DROPPED = (0.0, 0.25, 0.5, 0.75)
 DEPTH = 32
 PDROP_BUDGET = 270
@@ -107,7 +107,7 @@ def stage_ratios(geometry: Geometry, budgets: Sequence[int]) -> Planned:
     for dropped, emptied in product(DROPPED, (None, *STAGES)):
         kept = [(1 - dropped) ** stage if emptied is None or layer < emptied else 0.0
                 for stage, layer in enumerate(STAGES, start=1)]  # fmt: skip
-        schedule = dict(zip(STAGES, kept, strict=True))
+        schedule: dict[int, float] = dict(zip(STAGES, kept, strict=True))
         if all(ratio == 1.0 for ratio in kept):
             continue
         config = DuetConfig(stage1="none", schedule=schedule, depth=DEPTH, queries="all")

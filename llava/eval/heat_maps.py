@@ -139,6 +139,7 @@ def salient_maps(model: Any, ids: Sequence[int], pixels: Tensor, layer: int) -> 
     kept = record.kept_after[max(stages)] if stages else list(range(len(record.source)))
     if not kept:
         raise ValueError(f"no visual token is left at layer {layer}; ask for one up to {max(stages)}")
+    assert output.hidden_states is not None
     hidden = output.hidden_states[layer - 1]
     start = int(visual[0].int().argmax())
     text = start + len(kept)

@@ -56,7 +56,7 @@ def read_geometry(path: str, base: str | None) -> Geometry:
     raw, kind = found.config, model_class(found.config, get_model_name_from_path(path)).config_class
     config: Any = make_config(kind, config_from_hf(raw, path, kind.model_type) if is_hf_llava(raw) else raw, {})
     config._name_or_path = found.path
-    tower = tower_geometry(config.mm_vision_tower, config)
+    tower: Any = tower_geometry(config.mm_vision_tower, config)
     side = tower.image_size // tower.patch_size
     return Geometry(side * side, config.num_hidden_layers, DuetConfig.from_model_config(config))
 

@@ -179,7 +179,12 @@ def test_files_and_modules_can_be_imported_first(tmp_path, capsys):
     import llava
 
     assert llava.__dict__.pop("mark_of_a_test") == 1
+    assert cli.main(["--import", str(file), "--help"]) == 0 and "mark_of_a_test" not in llava.__dict__, "ran twice"
     sys.modules.pop("mine_for_cli")
+    taken = tmp_path / "json.py"
+    taken.write_text("")
+    assert cli.main(["--import", str(taken), "--help"]) == 1
+    assert "another module 'json' already; rename the file" in capsys.readouterr().err
     for source, message in (("no/such.py", "no such file"), ("no_such_module", "no such module")):
         assert cli.main(["--import", source, "--help"]) == 1
         assert message in capsys.readouterr().err
