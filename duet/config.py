@@ -185,6 +185,7 @@ class DuetConfig:
             "schedule": dict(row.schedule),
             "depth": row.depth,
             "per": per,
+            **dict(row.fields),
         }
         return cls(**(values | overrides))
 

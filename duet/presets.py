@@ -8,6 +8,7 @@ five tiles and eight frames only; the rows with ``per="picture"`` keep the total
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 _LLAMA = ((16, 0.5), (24, 0.0))
 _QWEN = ((14, 0.5), (21, 0.0))
@@ -24,6 +25,8 @@ class Preset:
     depth: int = 32
     units: int = 1
     per: str = "pass"
+    fields: tuple[tuple[str, Any], ...] = ()
+    """Further fields of ``DuetConfig``."""
 
     @property
     def entering(self) -> int:
@@ -31,11 +34,12 @@ class Preset:
         return self.dominant + self.contextual
 
 
-def _qwen(dominant: int, contextual: int, source: str, schedule: tuple = _QWEN) -> Preset:
-    return Preset(dominant, contextual, source, schedule=schedule, depth=28)
+def _qwen(dominant: int, contextual: int, source: str, schedule: tuple = _QWEN, fields: tuple = ()) -> Preset:
+    return Preset(dominant, contextual, source, schedule=schedule, depth=28, fields=fields)
 
 
 _RELEASE_QWEN = ((14, 0.5), (21, 0.25))
+_AS_RELEASED = (("variant", "release"), ("queries", "all"))
 
 PRESETS: dict[str, dict[int, Preset]] = {
     "llava-1.5-7b": {
@@ -74,9 +78,14 @@ PRESETS: dict[str, dict[int, Preset]] = {
         160: _qwen(207, 36, "Table 15 as printed (average 151.75)"),
     },
     "qwen2.5-vl-7b-release": {
-        640: _qwen(540, 100, "released evaluation script (average 440)", _RELEASE_QWEN),
+        640: _qwen(540, 100, "released evaluation script (average 440)", _RELEASE_QWEN, _AS_RELEASED),
     },
 }
 PRESETS["llava-1.5-13b"] = PRESETS["llava-1.5-7b"]
 PRESETS["llava-next-13b"] = PRESETS["llava-next-7b"]
 PRESETS["llava-next-13b-per-picture"] = PRESETS["llava-next-7b-per-picture"]
+# A frame of a Qwen model that has no more tokens than a row's total is left whole; shares (dominant=0.65,
+# contextual=0.05, the released code's) follow its size instead.
+PRESETS["duet-qwen"] = PRESETS["qwen2.5-vl-7b"]
+PRESETS["duet-qwen-table15"] = PRESETS["qwen2.5-vl-7b-table15"]
+PRESETS["duet-qwen-release"] = PRESETS["qwen2.5-vl-7b-release"]

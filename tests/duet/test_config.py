@@ -162,7 +162,7 @@ def test_bad_values_are_named(values, message):
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown field\(s\) lambda.*known: dominant"):
         DuetConfig.from_dict({"lambda": 1})
-    with pytest.raises(ValueError, match=r"known: llava-1\.5-13b"):
+    with pytest.raises(ValueError, match=r"known: .*llava-1\.5-13b"):
         DuetConfig.preset("gpt", 192)
     with pytest.raises(ValueError, match=r"rows \[64, 128, 192\]"):
         DuetConfig.preset("llava-1.5-7b", 100)
