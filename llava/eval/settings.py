@@ -85,8 +85,10 @@ def model_fingerprint(model_path: str, model_base: str | None = None, config: An
     parts = [f"model {_fingerprint(model_path)}"]
     base = model_base or _base_of_adapter(model_path)
     parts += [f"base {_fingerprint(base)}"] if base else []
-    tower = getattr(config, "mm_vision_tower", None)
-    parts += [f"tower {_fingerprint(resolve_path(tower, config) or tower)}"] if tower else []
+    tower = getattr(config, "mm_vision_tower", None) or ""
+    path = resolve_path(tower, config) if tower else None
+    # A path that is gone: the checkpoint holds the tower's weights itself, or it could not have been loaded.
+    parts += [f"tower {_fingerprint(path or tower)}"] if path or (tower and not os.path.isabs(tower)) else []
     return _digest("\n".join(parts))
 
 
