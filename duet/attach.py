@@ -132,7 +132,7 @@ def detach(model: nn.Module) -> nn.Module:
         raise ValueError("DUET is not attached to this model")
     model.__class__ = handle._host_class
     if handle._hooked_forward is not _MISSING:
-        model.__dict__["_old_forward"] = handle._hooked_forward
+        _set_hooked_forward(model, handle._hooked_forward)
     del model.__dict__["_duet"]
     if handle._stored_config is _MISSING:
         delattr(model.config, CONFIG_KEY)
@@ -159,7 +159,13 @@ def _insert_mixin(model: nn.Module, mixin: type, handle: Handle) -> None:
     if "_old_forward" in vars(model):
         # accelerate's device_map hooks keep the host's bound forward here and call it after moving the inputs
         handle._hooked_forward = vars(model)["_old_forward"]
-        model.__dict__["_old_forward"] = MethodType(type(model).forward, model)  # type: ignore[attr-defined]
+        _set_hooked_forward(model, MethodType(type(model).forward, model))  # type: ignore[attr-defined]
+
+
+def _set_hooked_forward(model: nn.Module, forward: Callable) -> None:
+    """Let accelerate's hook call ``forward``, and let ``generate`` read its signature through the hook."""
+    model.__dict__["_old_forward"] = forward
+    model.__dict__["forward"].__wrapped__ = forward
 
 
 def _with_signature_of(host_forward: Callable, reduced_forward: Callable) -> Callable:
