@@ -90,8 +90,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the flag.
     """
-    for flag, least in (("batch", 1), ("workers", 0), ("limit", 1), ("limit_pictures", 1)):
-        value = getattr(args, flag)
+    for flag, least in (("batch", 1), ("workers", 0), ("limit", 1), ("limit_pictures", 1), ("latency", 0)):
+        value = getattr(args, flag, None)
         if value is not None and value < least:
             raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least {least}")
 

@@ -12,7 +12,7 @@ from duet import DuetConfig
 from duet.config import declared_options
 from duet.methods import METHODS, BudgetError, solve
 from llava.eval.lines import Line
-from llava.eval.plans import Geometry, Plan
+from llava.eval.plans import DEPTH, Geometry, Plan
 from llava.eval.plots import against_point, bars
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12)
@@ -20,7 +20,6 @@ SPLIT_WIDTHS = (2, 4, 6, 8)
 CONTEXTUAL_SHARES = (0.02, 0.05, 0.1, 0.17, 0.25, 0.4)
 STAGES: tuple[int, ...] = (8, 16, 24)
 DROPPED = (0.0, 0.25, 0.5, 0.75)
-DEPTH = 32
 PDROP_BUDGET = 270
 
 Planned = tuple[list[Plan], list[str]]

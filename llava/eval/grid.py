@@ -10,6 +10,7 @@ from typing import Any
 
 from llava.eval import __main__ as single
 from llava.eval.answers import write_json
+from llava.eval.latency import latencies
 from llava.eval.lines import Line, Run, make_lines
 from llava.eval.plans import Geometry, Plan, read_geometry
 from llava.eval.processes import Processes
@@ -24,6 +25,9 @@ def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what all comparisons take, on top of the flags of a single evaluation."""
     single.add_run_arguments(parser, MODEL_HELP)
     parser.add_argument("--seeds", default="0,1,2", help="for the methods that choose at random")
+    parser.add_argument(
+        "--latency", type=int, default=0, metavar="N", help="also time N questions alone with every configuration"
+    )
 
 
 def model_paths(text: str) -> list[str]:
@@ -61,6 +65,7 @@ class Grid:
         draw: draws the lines to a file; returns False where that is not possible.
         say: writes a line for the user.
         runs: what was run so far.
+        latency: seconds of a single question by model and run.
     """
 
     args: argparse.Namespace
@@ -74,6 +79,7 @@ class Grid:
     draw: Callable[[Path, Sequence[Line]], bool]
     say: Callable[[str], None]
     runs: list[Run] = field(default_factory=list)
+    latency: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def run(self) -> bool:
         """Run everything; returns whether every question was answered.
@@ -88,6 +94,10 @@ class Grid:
             session = single.open_session(_with(self.args, model_path=path), self.processes)
             label = name if names.count(name) == 1 else f"{name}-{session.fingerprint[:6]}"
             complete &= self._run_model(session, label)
+            if self.args.latency:
+                ran = {plan.name: plan for plan, model, _ in self.runs if model == label}
+                taken = latencies(session, list(ran.values()), self.args.latency)
+                self.latency |= {(label, run): seconds for run, seconds in taken.items()}
         if self.runs:
             lines = self._write()
             if not self.draw(self._file("png"), lines):
@@ -120,7 +130,7 @@ class Grid:
 
     def _write(self) -> list[Line]:
         """Write what is there so far; returns the table's lines."""
-        lines = make_lines(self.runs)
+        lines = make_lines(self.runs, self.latency)
         names = columns([result.row for line in lines for result in line.results])
         heading = f"{self.heading}\n\n{conditions(self.runs)}"
         text = markdown(lines, names, self.geometry.patches, self.refused, heading)

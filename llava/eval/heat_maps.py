@@ -27,14 +27,13 @@ from duet.stage2.text_guided import salient_rows
 from duet.tracing import ImageRecord
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.eval.generate import Answerer, preprocess, template_for
-from llava.eval.plans import Geometry, read_geometry
+from llava.eval.plans import DEPTH, Geometry, read_geometry
 from llava.eval.run_llava import move_pixels
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.reduction import ReductionArguments
 
 LAYERS = {"fig4": 9, "fig6": 24}  # counted from 1, of 32
-DEPTH = 32
 FIGURES = {name: f"heat maps of salient text tokens at layer {layer} of 32" for name, layer in LAYERS.items()}
 _PANEL, _GAP, _CAPTION = 224, 8, 18
 

@@ -26,12 +26,14 @@ class Result:
         model: on which model.
         row: scores and what was measured.
         error: standard error of the row's average that the number of questions alone gives, None where unknown.
+        latency: seconds of a question that is asked alone, None where it was not measured.
     """
 
     plan: Plan
     model: str
     row: Row
     error: float | None = None
+    latency: float | None = None
 
 
 @dataclass
@@ -62,13 +64,19 @@ class Line:
         return self.results[0].error if self.results else None
 
     def mean(self, what: str) -> float | None:
-        """One of the `MEASURED` numbers, averaged over runs."""
-        found = [value for result in self.results if (value := getattr(result.row, what)) is not None]
+        """`latency` or one of the `MEASURED` numbers, averaged over runs."""
+        of = [result if what == "latency" else result.row for result in self.results]
+        found = [value for one in of if (value := getattr(one, what)) is not None]
         return fmean(found) if found else None
 
 
-def make_lines(runs: Sequence[Run]) -> list[Line]:
-    """Put the runs' records together, each as a percentage of its own model's run without reduction."""
+def make_lines(runs: Sequence[Run], latency: Mapping[tuple[str, str], float] | None = None) -> list[Line]:
+    """Put the runs' records together, each as a percentage of its own model's run without reduction.
+
+    Args:
+        runs: the records.
+        latency: seconds by (model, run).
+    """
     lines: dict[tuple, Line] = {}
     for model in dict.fromkeys(label for _, label, _ in runs):
         own = [(plan, records) for plan, label, records in runs if label == model]
@@ -79,7 +87,8 @@ def make_lines(runs: Sequence[Run]) -> list[Line]:
             reference = comparable(base, row)
             compare(row, reference)
             line = lines.setdefault(plan.line, Line(plan))
-            line.results.append(Result(plan, model, row, _sampling_error(records, reference)))
+            seconds = (latency or {}).get((model, plan.name))
+            line.results.append(Result(plan, model, row, _sampling_error(records, reference), seconds))
     return list(lines.values())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from duet import DuetConfig
 from duet.methods import METHODS, BudgetError, Method, find, solve
+from duet.stage1 import VISION_REDUCERS
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import inspect_checkpoint, model_class
 from llava.model.hf_layout import config_from_hf, is_hf_llava
@@ -18,6 +19,7 @@ from llava.model.loading import make_config
 from llava.model.multimodal_encoder.clip_encoder import tower_geometry
 
 BASELINE = "full"
+DEPTH = 32  # of the decoder that published layers are counted in
 _DRAWING = "random"  # the reducers of both kinds whose choice depends on the seed
 
 
@@ -167,6 +169,17 @@ def calibration_option(method: Method, calibration: str | None) -> dict[str, Any
     return {"options": {"calibration": calibration}}
 
 
+def is_adaptive(method: Method) -> bool:
+    """Whether a method finds the number of tokens picture by picture, so that no budget can be set."""
+    return method.stage1 != "none" and getattr(VISION_REDUCERS.get(method.stage1), "adaptive", False)
+
+
+def adaptive_config(name: str) -> DuetConfig:
+    """The configuration of a method that takes no budget."""
+    method = find(name)
+    return DuetConfig(stage1=method.stage1, **{"schedule": method.schedule, "depth": DEPTH, **method.options})
+
+
 def solved_plans(
     methods: Sequence[str],
     budgets: Sequence[int],
@@ -197,9 +210,12 @@ def solved_plans(
             f"--budgets {max(budgets)}: a picture has {geometry.patches} visual tokens, so no method can keep more; "
             f"ask for at most {geometry.patches}"
         )
-    plans, refused = [baseline()], []
+    own = [name for name in methods if is_adaptive(find(name))]
+    plans, refused = [baseline(), *(Plan(name, 0, adaptive_config(name), exact=False) for name in own)], []
     for budget, name in product(budgets, methods):
         method = find(name)
+        if name in own:
+            continue
         given = calibration_option(method, calibration)
         try:
             config = solve(name, budget, geometry.patches, geometry.layers, **given)

@@ -14,13 +14,13 @@ MARKERS = "osD^vP*X"
 VALUE_LABEL = "% of the run without reduction"
 
 
-def _figure(panels: int, width: float) -> tuple[Any, Any] | None:
+def _figure(panels: int, width: float, height: float = 5) -> tuple[Any, Any] | None:
     """A figure and its axes; None where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(width, 5), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, panels, sharey=True, squeeze=False)[0]
 
 
@@ -49,20 +49,22 @@ def scored(lines: Sequence[Line]) -> list[Line]:
 
 
 def against_cost(path: Path, lines: Sequence[Line]) -> bool:
-    """Draw accuracy against measured tokens and against measured seconds, a curve per method.
+    """Draw accuracy against measured tokens and against seconds, a curve per method.
+
+    Seconds are those of a question that is asked alone where that was measured, else those of the runs.
 
     Returns:
         False where matplotlib is not installed.
     """
-    made = _figure(2, 14)
+    lines = scored(lines)
+    labels = list(dict.fromkeys(line.plan.label for line in lines))
+    made = _figure(2, 14, max(5, 1 + 0.2 * len(labels)))
     if made is None:
         return False
     figure, axes = made
-    lines = scored(lines)
-    labels = list(dict.fromkeys(line.plan.label for line in lines))
-    for axis, what, name in zip(
-        axes, ("tokens", "seconds"), ("visual tokens per layer", "seconds a sample"), strict=True
-    ):
+    alone = any(line.mean("latency") is not None for line in lines)
+    time, time_label = ("latency", "seconds of one question") if alone else ("seconds", "seconds a sample, in batches")
+    for axis, what, name in zip(axes, ("tokens", time), ("visual tokens per layer", time_label), strict=True):
         for number, (label, marker) in enumerate(zip(labels, cycle(MARKERS), strict=False)):
             own = [line for line in lines if line.plan.label == label and line.mean(what) is not None]
             places = [line.mean(what) or 0.0 for line in own]

@@ -14,6 +14,12 @@ from typing import Any
 from llava.eval.lines import MEASURED, Line, Result, Run, spread
 from llava.eval.report import COST_HEADS, TOKENS_NOTE, cost_cells, notes, number, title
 
+TIMES = ("s alone", "s/sample")
+TIMES_NOTE = (
+    "s alone: median seconds of a question that is asked alone, all configurations in turn (--latency). s/sample: mean "
+    "over the run, loading included; there questions about one picture share its prefill if the method allows that."
+)
+
 
 def _cell(line: Line, benchmark: str) -> str:
     scores = line.scores(benchmark)
@@ -29,7 +35,8 @@ def _table_line(line: Line, names: Sequence[str]) -> str:
     cells += [_cell(line, name) for name in names]
     cells.append(f"{spread(line.averages)}%" if line.averages else "n/a")
     measured = {name: line.mean(name) for name in MEASURED}
-    cells += [number(measured["tokens"], ".2f"), number(measured["seconds"], ".4f"), *cost_cells(measured)]
+    seconds = [number(line.mean("latency"), ".4f"), number(measured["seconds"], ".4f")]
+    cells += [number(measured["tokens"], ".2f"), *seconds, *cost_cells(measured)]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -38,7 +45,7 @@ def markdown(lines: Sequence[Line], names: Sequence[str], patches: int, refused:
     baseline = next(line for line in lines if line.plan.config is None)
     varied = list(dict.fromkeys(name for line in lines for name in line.plan.point))
     rows = [result.row for line in lines for result in line.results]
-    head = ["method", *varied, *(title(name, rows) for name in names), "Avg", "visual tokens", "s/sample", *COST_HEADS]
+    head = ["method", *varied, *(title(name, rows) for name in names), "Avg", "visual tokens", *TIMES, *COST_HEADS]
     out = [heading, ""]
     for budget in sorted({line.plan.budget for line in lines if line.plan.config is not None}, reverse=True):
         group = [line for line in lines if line.plan.budget == budget and line.plan.config is not None]
@@ -53,7 +60,7 @@ def markdown(lines: Sequence[Line], names: Sequence[str], patches: int, refused:
         "In brackets: percent of the run without reduction of the same model; Avg: their mean over benchmarks. "
         "±: standard deviation over seeds and models."
     )
-    out += ["", TOKENS_NOTE, "", *notes([baseline.results[0].row], names)]
+    out += ["", TOKENS_NOTE, "", TIMES_NOTE, "", *notes([baseline.results[0].row], names)]
     out += [f"- incomplete: {result.row.name} ({result.model})" for line in lines for result in line.results
             if len(result.row.scores) < len(result.row.marks)]  # fmt: skip
     released = dict.fromkeys(line.plan.label for line in lines if not line.plan.exact)
@@ -83,7 +90,12 @@ def _flat(result: Result, names: Sequence[str]) -> dict[str, Any]:
     scores = {part: value for name in names for part, value in
               ((name, row.scores.get(name)), (f"{name}_percent", row.percent.get(name)))}  # fmt: skip
     head = {"method": plan.label, "budget": plan.budget, **plan.point, "seed": plan.seed, "model": result.model}
-    return head | {"run": row.name, "avg_percent": row.average, "avg_stderr": result.error} | measured | scores
+    return (
+        head
+        | {"run": row.name, "avg_percent": row.average, "avg_stderr": result.error, "latency": result.latency}
+        | measured
+        | scores
+    )
 
 
 def write_csv(path: Path, lines: Sequence[Line], names: Sequence[str]) -> None:
@@ -107,6 +119,7 @@ def content(lines: Sequence[Line], refused: Sequence[str]) -> dict[str, Any]:
             "model": result.model,
             "reduction": None if result.plan.config is None else result.plan.config.to_dict(),
             "error": result.error,
+            "latency": result.latency,
             **asdict(result.row),
         }
         for line in lines

@@ -173,6 +173,17 @@ def test_models_of_different_sizes_are_refused(world, tmp_path, capsys):
     assert "must name models of one size" in capsys.readouterr().err
 
 
+def test_methods_that_take_no_budget_have_a_block_of_their_own(world, tmp_path):
+    some = ("--methods", "duet,prumerge_adaptive", "--budgets", "12", "--limit-pictures", 2, "--latency", 2)
+    assert main(flags(world, tmp_path, *some)) == 0
+    text = (tmp_path / "compare.md").read_text()
+    assert "prumerge_adaptive" in table(text.split("## Other settings")[1])
+    assert "as released, at the average that their settings have: prumerge_adaptive" in text
+    rows = csv_rows(tmp_path / "compare.csv")
+    assert [row["method"] for row in rows] == ["full", "prumerge_adaptive", "duet"]
+    assert all(0 < float(row["latency"]) < 5 for row in rows) and "n/a" not in table(text)["duet"]
+
+
 def test_a_part_of_a_benchmark_is_scored_and_labelled(world, tmp_path):
     some = ("--methods", "duet", "--budgets", "12", "--limit-pictures", 2)
     assert main(flags(world, tmp_path, *some)) == 0
@@ -244,6 +255,7 @@ def test_settings_as_released_stand_apart():
         (("--budgets", "many"), "--budgets many: expected whole numbers"),
         (("--budgets", "0"), "--budgets 0: expected numbers of at least 1"),
         (("--budgets", "600"), "--budgets 600: a picture has 36 visual tokens"),
+        (("--latency", "-1"), "--latency -1 must be at least 0"),
         (("--seeds", ""), "--seeds : expected numbers"),
         (("--limit-pictures", "0"), "--limit-pictures 0 must be at least 1"),
         (("--model-path", "/nowhere/at/all"), "does not exist"),
