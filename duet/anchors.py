@@ -23,9 +23,10 @@ def merge_into_anchors(tower: TowerOutput, dominant: Tensor, pool: Tensor, conte
     contextual = min(contextual, size)
     dominant = dominant.sort(dim=1).values
     stride = max(1, size // max(1, contextual))
-    is_anchor = torch.zeros(size, dtype=torch.bool, device=pool.device)
-    is_anchor[torch.arange(contextual, device=pool.device) * stride] = True
-    anchors, others = pool[:, is_anchor], pool[:, ~is_anchor]
+    # Numbers, not masks: a device would have to report how many marks a mask has.
+    anchor_places = torch.arange(contextual) * stride
+    other_places = torch.ones(size).scatter(0, anchor_places, 0.0).nonzero().flatten()
+    anchors, others = (pool[:, places.to(pool.device)] for places in (anchor_places, other_places))
 
     parts, source = [gather_tokens(patches, dominant)], [dominant]
     if tower.class_token:

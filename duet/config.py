@@ -259,9 +259,13 @@ class DuetConfig:
         return all_kept and all(ratio == 1.0 for ratio in self.schedule.values())
 
     def keeps_every_patch(self, patches: int) -> bool:
-        """Return whether stage 1 hands on ``patches`` patches as they are, whatever its method."""
+        """Return whether stage 1 hands on ``patches`` patches as they are, whatever its method.
+
+        That is so where ``dominant`` is all of them. A method that hands on the class token as one of the dominant ones
+        would lose a patch to it; as many tokens as patches are the patches.
+        """
         counts = self.for_patches(patches)
-        return not self.counts_class_token and counts.dominant == patches and counts.contextual == 0
+        return counts.dominant == patches and counts.contextual == 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary; ``from_dict`` reads it back."""

@@ -30,7 +30,7 @@ def entering(
 ) -> DuetConfig:
     """Set how many tokens enter the decoder; ``split`` has the published contextual ones by the number that enters."""
     count = min(budget.solve_entering(tokens, base.schedule, num_layers), patches)
-    if count == patches and not base.counts_class_token:
+    if count == patches:
         return replace(base, dominant=patches, contextual=0)
     contextual = (split or {}).get(count, round(count * _CONTEXTUAL_SHARE))
     return replace(base, dominant=count - contextual, contextual=contextual)

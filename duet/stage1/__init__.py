@@ -191,8 +191,8 @@ def keep_clusters(tokens_BKD: Tensor, belongs_BKN: Tensor) -> VisionReduction:
 
     Shapes: tokens [B, K, D]; belongs [B, K, N] bool, the patches of each token.
     """
-    patches = belongs_BKN.shape[2]
-    width = int(belongs_BKN.sum(-1).max())
+    _, tokens, patches = belongs_BKN.shape
+    width = patches - tokens + 1  # of the largest cluster that there can be; the real one would have to be waited for
     members = belongs_BKN.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :width]
     members = members.masked_fill(~belongs_BKN.gather(2, members), patches)
     order = members[..., 0].argsort(dim=1)

@@ -13,26 +13,28 @@ from duet.tokens import gather_tokens, rank_descending
 if TYPE_CHECKING:
     from duet.config import DuetConfig
 
-_IMPORTANT = 0.5  # the paper's share of tokens that attention picks
 _STEP = 8  # tokens removed per round, as released
 
 
-@VISION_REDUCERS.register("vispruner")
+@VISION_REDUCERS.register("vispruner", options={"important": 0.5})
 def vispruner(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     """Keep the patches with most class-token attention, then thin the others until the budget is met.
 
-    Each round splits the remaining list by parity of its order, finds for every even entry its most similar odd one,
-    and removes the even entries with the highest similarity. Where the list has an odd length, its last entry takes
-    part as an even one. Similarity is the cosine of tower features. A tower without a class token uses column mass.
+    Attention picks the share ``important`` of the tokens, rounded down. Each round splits the remaining list by parity
+    of its order, finds for every even entry its most similar odd one, and removes the even entries with the highest
+    similarity. Where the list has an odd length, its last entry takes part as an even one. Similarity is the cosine of
+    tower features. A tower without a class token uses column mass.
     """
-    return keep_patches(tower, important_and_diverse(tower, config.entering))
+    share = config.option("important")
+    if not 0 <= share <= 1:
+        raise ValueError(f"vispruner's option important must lie between 0 and 1 (a share of the tokens), got {share}")
+    return keep_patches(tower, important_and_diverse(tower, config.entering, int(config.entering * share)))
 
 
 @torch.no_grad()
-def important_and_diverse(tower: TowerOutput, count: int) -> Tensor:
-    """Return the chosen patches, important ones first. Shapes: [B, ``count``]."""
+def important_and_diverse(tower: TowerOutput, count: int, important: int) -> Tensor:
+    """Return ``count`` patches, of which the first are ``important`` ones. Shapes: [B, ``count``]."""
     order = rank_descending(class_attention(tower.signals))
-    important = int(count * _IMPORTANT)
     rest, wanted = order[:, important:], count - important
     unit = torch.nn.functional.normalize(tower.patches.float(), dim=-1)
     while rest.shape[1] > wanted:

@@ -40,10 +40,11 @@ def test_stage1_does_not_look_at_other_images(name):
         assert torch.allclose(alone.per_image(alone.tokens)[0], together.per_image(together.tokens)[row], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in VISION if n != "visionzip"])
-def test_stage1_with_all_patches_is_the_tower_itself(model, name):
+@pytest.mark.parametrize("variant", ["paper", "release"])
+@pytest.mark.parametrize("name", VISION)
+def test_stage1_with_all_patches_is_the_tower_itself(model, name, variant):
     pixels = small.pixels(2)
-    config = DuetConfig(stage1=name, dominant=small.PATCHES, contextual=0, schedule={})
+    config = DuetConfig(stage1=name, dominant=small.PATCHES, contextual=0, schedule={}, variant=variant)
     plain = encode_vision(model.model.vision_tower, pixels)
     assert torch.equal(encode_vision(model.model.vision_tower, pixels, config=config).tokens, plain.tokens)
 

@@ -30,6 +30,21 @@ def test_a_number_that_no_grid_has():
         reduced("average_pool", small.pixels(1), tokens=13)
 
 
+def test_pooled_maxima_and_norms():
+    mean, largest = (
+        reduced("average_pool", parts()["pixels"]),
+        reduced("average_pool", parts()["pixels"], options={"pool": "max"}),
+    )
+    scaled = reduced("average_pool", parts()["pixels"], options={"keep_norm": True})
+    for row in range(3):
+        norm = parts()["features"][row].norm(dim=-1).mean()
+        for token in range(TOKENS):
+            members = [m for m in largest.members[row, token].tolist() if m >= 0]
+            assert torch.allclose(largest.tokens[row, token], parts()["features"][row][members].amax(0), atol=1e-5)
+            wanted = mean.tokens[row, token] / mean.tokens[row, token].norm() * norm
+            assert torch.allclose(scaled.tokens[row, token], wanted, atol=1e-4)
+
+
 def test_downsampling_runs_the_tower_on_a_smaller_picture():
     out = reduced("downsample", parts()["pixels"])
     small_pictures = torch.nn.functional.interpolate(parts()["pixels"], size=[12, 16], mode="bicubic", antialias=True)

@@ -24,7 +24,8 @@ def test_tome_merges_the_most_similar_pairs():
         assert sorted(got) == sorted(wanted.values())
 
 
-def test_tome_in_the_tower_equals_a_literal_loop():
+@pytest.mark.parametrize("options", [{}, {"proportional": False}, {"weighted": False}])
+def test_tome_in_the_tower_equals_a_literal_loop(options):
     from duet.stage1.tome_tower import merges_per_block
 
     assert merges_per_block(576, 192, 23) == [17] * 16 + [16] * 7
@@ -32,7 +33,7 @@ def test_tome_in_the_tower_equals_a_literal_loop():
     with pytest.raises(ValueError, match=r"cannot merge 30 of 36 tokens in block 1 of 1"):
         merges_per_block(36, 6, 1)
     pixels = small.pixels(2)
-    out = reduced("tome", pixels)
+    out = reduced("tome", pixels, options=options)
     tower = model().model.vision_tower
     body = getattr(tower, "vision_model", tower)
     with torch.no_grad():
@@ -45,18 +46,19 @@ def test_tome_in_the_tower_equals_a_literal_loop():
                 attention = block.self_attn
                 split = lambda t: t.view(len(t), 4, 8).transpose(0, 1)  # noqa: E731
                 q, k, v = (split(f(normed)) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
-                size = torch.tensor([1.0, *map(len, groups)])
-                weights = (q @ k.transpose(1, 2) * attention.scale + size.log()).softmax(-1)
+                sizes = [1.0] * len(groups) if options.get("weighted") is False else [len(g) for g in groups]
+                bias = torch.tensor([1.0, *sizes]).log() * options.get("proportional", True)
+                weights = (q @ k.transpose(1, 2) * attention.scale + bias).softmax(-1)
                 x = x + attention.out_proj((weights @ v).transpose(0, 1).flatten(1))
                 unit = torch.nn.functional.normalize(k.mean(0)[1:], dim=-1)
-                even, odd = range(0, len(tokens), 2), range(1, len(tokens), 2)
+                even, odd = range(1, len(tokens), 2), range(0, len(tokens), 2)  # the class token is number 0
                 best = {i: max(odd, key=lambda j: (float(unit[i] @ unit[j]), -j)) for i in even}
                 gone = sorted(even, key=lambda i: (-float(unit[i] @ unit[best[i]]), i))[:8]
                 cls, new, kept = x[0], [], []
                 for i in [*(i for i in even if i not in gone), *odd]:
                     merged = [i, *(j for j in gone if best[j] == i)]
-                    total = sum(len(groups[j]) for j in merged)
-                    new.append(sum(x[1 + j] * len(groups[j]) for j in merged) / total)
+                    total = sum(sizes[j] for j in merged)
+                    new.append(sum(x[1 + j] * sizes[j] for j in merged) / total)
                     kept.append(sorted(p for j in merged for p in groups[j]))
                 stacked = torch.stack([cls, *new])
                 stacked = stacked + block.mlp(block.layer_norm2(stacked))
@@ -64,3 +66,10 @@ def test_tome_in_the_tower_equals_a_literal_loop():
             order = sorted(range(TOKENS), key=lambda i: groups[i][0])
             assert [[m for m in g if m >= 0] for g in out.members[row].tolist()] == [groups[i] for i in order]
             assert torch.allclose(out.tokens[row], torch.stack([tokens[i] for i in order]), atol=1e-4)
+
+
+def test_only_attention_by_size_needs_a_bias(monkeypatch):
+    block = getattr(model().model.vision_tower, "vision_model", model().model.vision_tower).encoder.layers[0]
+    monkeypatch.setattr(block.self_attn.config, "_attn_implementation", "flash_attention_2")
+    with pytest.raises(ValueError, match=r"'flash_attention_2' cannot do; use sdpa .* proportional=False"):
+        reduced("tome", small.pixels(1))

@@ -3,7 +3,7 @@
 import pytest
 import small
 import torch
-from dense import parts, reduced
+from dense import TOKENS, parts, reduced
 
 
 @pytest.mark.parametrize("tokens", [12, 13, 35])
@@ -20,3 +20,12 @@ def test_vispruner_thins_by_parity(tokens):
             count = min(8, len(rest) - wanted, len(even))
             rest = sorted(even, key=lambda i: (-alike[i], even.index(i)))[count:] + odd
         assert out.source[row].tolist() == sorted(keep + rest)
+
+
+def test_the_share_of_important_patches():
+    by_attention = reduced("vispruner", parts()["pixels"], options={"important": 1.0})
+    assert torch.equal(by_attention.source, parts()["class"].topk(TOKENS, dim=1).indices.sort(dim=1).values)
+    diverse = reduced("vispruner", parts()["pixels"], options={"important": 0.0})
+    assert not torch.equal(diverse.source, by_attention.source)
+    with pytest.raises(ValueError, match="important must lie between 0 and 1"):
+        reduced("vispruner", parts()["pixels"], options={"important": 1.5})
