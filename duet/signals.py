@@ -179,18 +179,21 @@ class DecoderSignals:
         """Return the sum of absolute values of each position's rotated keys, over all key heads. Shapes: [B, L]."""
         return self._keys.abs().sum(dim=(1, 3))
 
-    def received(self, index_BR: Tensor, counted_BR: Tensor) -> Tensor:
+    def received(self, index_BR: Tensor, counted_BR: Tensor, causal: bool = True) -> Tensor:
         """Return the attention that each position receives from chosen rows, averaged over heads and rows.
 
-        The softmax runs over the whole causal prefix of a row. Shapes: row positions [B, R], counted [B, R] bool marks
-        the rows that are real; returns [B, L]. Source: DUET-VLM Sec. 3.2; PyramidDrop Eq. (1) for a single row.
+        The softmax runs over the whole causal prefix of a row, or up to the last row. Shapes: row positions [B, R],
+        counted [B, R] bool marks the rows that are real; returns [B, L].
+        Source: DUET-VLM Sec. 3.2; PyramidDrop Eq. (1) for a single row.
         """
         total = self._keys.new_zeros(self._keys.shape[0], self._keys.shape[2])
-        for _, counted, probabilities in self.rows(index_BR, counted_BR):
+        for _, counted, probabilities in self.rows(index_BR, counted_BR, causal):
             total += (probabilities.mean(1) * counted.unsqueeze(-1)).sum(1)
         return total / counted_BR.float().sum(1, keepdim=True).clamp(min=1.0)
 
-    def rows(self, index_BR: Tensor, counted_BR: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def rows(
+        self, index_BR: Tensor, counted_BR: Tensor, causal: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the attention probabilities of chosen rows in blocks of rows, each softmaxed over its causal prefix.
 
         However many blocks there are, the layer's projections run once: ranks of a ZeRO-3 job stay in step.
@@ -199,7 +202,8 @@ class DecoderSignals:
         """
         keys = self._keys
         for rows, counted, queries in self._blocks(index_BR, counted_BR):
-            yield rows, counted, self._probabilities(queries, self._causal(rows, keys.shape[2]), keys)
+            seen = rows if causal else index_BR.masked_fill(~counted_BR, 0).amax(1, keepdim=True).expand_as(rows)
+            yield rows, counted, self._probabilities(queries, self._causal(seen, keys.shape[2]), keys)
 
     def largest_received(self, index_BR: Tensor, counted_BR: Tensor) -> Tensor:
         """Return, summed over chosen rows, the most attention that any head pays to each position. Shapes: [B, L].

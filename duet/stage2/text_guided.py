@@ -10,30 +10,66 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from duet.budget import kept_tokens
 from duet.queries import marked_indices
 from duet.signals import DecoderSignals
-from duet.stage2 import LANGUAGE_REDUCERS, Stage
+from duet.stage2 import LANGUAGE_REDUCERS, Decision, Stage, keep_best
 from duet.tokens import top_indices
 
 if TYPE_CHECKING:
     from duet.config import DuetConfig
 
+OPTIONS = {
+    "causal": True,  # False: rows attend up to the last of them, as in the released code for Qwen
+    "recount": False,  # True counts as that code does after the first stage, see ``_recounted``
+}
 
-@LANGUAGE_REDUCERS.register("text_guided")
+
+@LANGUAGE_REDUCERS.register("text_guided", options=OPTIONS)
 @torch.no_grad()
-def text_guided(stage: Stage, config: DuetConfig) -> Tensor:
+def text_guided(stage: Stage, config: DuetConfig) -> Tensor | Decision:
     """Return the attention that each position receives from the query rows, evaluated with the next layer's weights.
 
     ``config.queries`` chooses the rows. Shapes: returns [B, L] in fp32, averaged over heads and rows; ranking is
     detached. Source: DUET-VLM Sec. 3.2; with the last row and no stage 1 this is PyramidDrop (arXiv 2410.17247).
     """
+    if config.option("recount"):
+        return _recounted(stage, config)
+    return _score(stage, config, stage.state.queries)
+
+
+def _score(stage: Stage, config: DuetConfig, queries: Tensor) -> Tensor:
     signals = stage.next_signals()
-    rows, counted = marked_indices(stage.state.queries)
+    rows, counted = marked_indices(queries)
     if config.queries == "salient":
         rows, counted = salient_rows(signals, rows, counted, config.salient_tokens)
     elif isinstance(config.queries, tuple):
         rows, counted = _chosen_rows(rows, counted, config.queries)
-    return signals.received(rows, counted)
+    return signals.received(rows, counted, bool(config.option("causal")))
+
+
+def _recounted(stage: Stage, config: DuetConfig) -> Decision:
+    """Keep what the released Qwen code keeps, which takes the kept number for the entering one after each stage.
+
+    From the second stage on it looks at too few tokens, keeps a share of a share of them, and takes the others for
+    text: they stay, and rank where all text does. A stage that keeps nothing is not asked and drops everything.
+    """
+    visual = stage.state.visual
+    looked, kept = [], []
+    for before, entering in zip(stage.before, stage.entered.visual.sum(1).tolist(), strict=True):
+        seen = counted = entering
+        for layer, ratio in config.schedule.items():
+            if layer <= stage.layer:
+                following = kept_tokens(counted, ratio)
+                if layer == stage.layer:
+                    looked.append(min(seen, before))
+                    kept.append(min(following, before))
+                counted, seen = following, kept_tokens(following, ratio)
+    first = visual & (visual.cumsum(1) <= torch.tensor(looked, device=visual.device).unsqueeze(1))
+    others = visual & ~first
+    score = _score(stage, config, stage.state.queries | others if config.queries == "all" else stage.state.queries)
+    left = [before - seen for before, seen in zip(stage.before, looked, strict=True)]
+    return Decision(keep_best(score, first, kept) | others, [a + b for a, b in zip(kept, left, strict=True)])
 
 
 def salient_rows(signals: DecoderSignals, rows: Tensor, counted: Tensor, count: int) -> tuple[Tensor, Tensor]:
