@@ -110,20 +110,24 @@ class PackedSignals(TowerSignals):
         block: tower block with ``norm1`` and ``attn`` (``qkv``, ``num_heads``, ``scaling``).
         hidden_FPD: input of the block, [F, P, D].
         rotary: (cos, sin), each [F, P, d].
+        device: where the signals are wanted; a tower may be spread over several.
     """
 
-    def __init__(self, block: Any, hidden_FPD: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, block: Any, hidden_FPD: Tensor, rotary: tuple[Tensor, Tensor], device: torch.device) -> None:
         super().__init__(hidden_FPD, block.attn, class_token=False)
         self._block = block
         self._rotary = rotary
+        self._device = device
 
     @cached_property
     def _rotated(self) -> tuple[Tensor, Tensor]:
         """Scaled queries, and keys, [F, H, P, d] in fp32."""
         with torch.no_grad():
-            joint = self._attention.qkv(self._block.norm1(self._hidden)).unflatten(-1, (3, self._heads, -1))
-            queries, keys, _ = joint.transpose(1, 3).float().unbind(2)
-            cos, sin = (table.float() for table in self._rotary)
+            weights = next(self._block.parameters()).device
+            hidden = self._hidden if weights.type == "meta" else self._hidden.to(weights)  # hooks move offloaded parts
+            joint = self._attention.qkv(self._block.norm1(hidden)).unflatten(-1, (3, self._heads, -1))
+            queries, keys, _ = joint.to(self._device).transpose(1, 3).float().unbind(2)
+            cos, sin = (table.to(self._device).float() for table in self._rotary)
             return rotate(queries, cos, sin) * self._attention.scaling, rotate(keys, cos, sin)
 
     def column_mass(self) -> Tensor:
@@ -250,6 +254,7 @@ class PackedFrames:
 
     def __init__(self, packed: PackedFeatures, frames: int, count: int, unit: int) -> None:
         self._block = packed.block
+        self._device = packed.levels[0].device
         self._hidden, self._cos, self._sin, self.pixels = (
             x.unflatten(0, (frames, -1)) for x in (packed.ranked_input, *packed.rotary, packed.pixels)
         )
@@ -258,7 +263,7 @@ class PackedFrames:
     def signals(self, some: slice, grid: tuple[int, int]) -> UnitSignals:
         """Return the signals of some frames, averaged over the patches of each unit."""
         rotary = (self._cos[some], self._sin[some])
-        signals = PackedSignals(self._block, self._hidden[some], rotary)
+        signals = PackedSignals(self._block, self._hidden[some], rotary, self._device)
         return UnitSignals(signals, View.pooled(self._units, grid), class_token=False)
 
 
