@@ -35,7 +35,7 @@ def test_rows(name, row, caps, on_a_large_picture):
 
 def test_the_released_row_runs_as_released():
     config = DuetConfig.preset("duet-qwen-release", 640)
-    assert (config.variant, config.queries) == ("release", "all")
+    assert (config.variant, config.queries, dict(config.options)) == ("release", "all", {"causal": False})
     assert dict(config.schedule) == {14: 0.5, 21: 0.25}
     assert DuetConfig.preset("duet-qwen-release", 640, queries="last").queries == "last"
     assert DuetConfig.preset("duet-qwen", 640).variant == "paper"
