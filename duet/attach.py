@@ -60,6 +60,8 @@ class Handle:
         config, patches, unit = self.config, self.facts.patches, self.facts.unit
         if config.stage1 != "none" and config.per == "picture":
             return f"{config.dominant} + {config.contextual} visual tokens per image or video"
+        if config.adaptive:
+            return f"as many visual tokens per {unit} as it needs"
         if patches is not None:
             return f"{patches} -> {config.entering_tokens(patches)} visual tokens per {unit}"
         kept = "all" if config.stage1 == "none" else f"{config.dominant} + {config.contextual}"
@@ -67,7 +69,7 @@ class Handle:
 
     def _average(self) -> str:
         config, facts = self.config, self.facts
-        if facts.patches is None or config.per == "picture":
+        if facts.patches is None or config.per == "picture" or config.adaptive:
             return ""
         average = config.average_tokens(facts.patches, facts.num_layers)
         return f"; {average:.2f} on average over {facts.num_layers} layers"

@@ -200,9 +200,11 @@ def load(args: argparse.Namespace, processes: Processes) -> tuple[Any, Any, Any]
 
 
 def default_name(model_name: str, model: Any) -> str:
-    """The model's name, and the visual tokens that its reduction gives on average."""
+    """The model's name, and the visual tokens that its reduction gives on average, if that is known."""
     if model.reduction is None:
         return model_name
+    if model.reduction.adaptive:
+        return f"{model_name}-duet-{model.reduction.stage1}"
     tokens = model.reduction.average_tokens(model.get_vision_tower().num_patches, model.config.num_hidden_layers)
     return f"{model_name}-duet-{round(tokens)}"
 

@@ -49,6 +49,8 @@ def describe_reduction(model) -> str:
     reduction = model.reduction
     if reduction is None:
         return f"no token reduction: {patches} visual tokens per picture in every layer"
+    if reduction.adaptive:
+        return f"DUET: {patches} patches -> as many visual tokens per picture as it needs ({reduction.stage1})"
     return (
         f"DUET: {patches} patches -> {reduction.entering_tokens(patches)} visual tokens per picture, "
         f"{reduction.average_tokens(patches, depth):g} on average over {depth} layers"

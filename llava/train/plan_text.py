@@ -17,10 +17,12 @@ def budget_line(reduction: DuetConfig | None, recipe: Recipe) -> str:
     if reduction is None:
         return f"{recipe.patches} visual tokens in all {recipe.layers} layers (no reduction)"
     fitted = reduction.for_depth(recipe.layers)
+    drops = ", ".join(f"{ratio:g} after layer {layer}" for layer, ratio in fitted.schedule.items()) or "no drop"
+    if fitted.adaptive:
+        return f"{recipe.patches} patches -> as many enter as a picture needs ({fitted.stage1}); kept: {drops}"
     entering = fitted.entering_tokens(recipe.patches)
     average = fitted.average_tokens(recipe.patches, recipe.layers)
     saved = 100 * (1 - average / recipe.patches)
-    drops = ", ".join(f"{ratio:g} after layer {layer}" for layer, ratio in fitted.schedule.items()) or "no drop"
     return (
         f"{recipe.patches} patches -> {entering} enter (dominant {fitted.dominant}, contextual {fitted.contextual}) -> "
         f"{average:.2f} on average over {recipe.layers} layers, {saved:.1f} % saved; kept: {drops}"

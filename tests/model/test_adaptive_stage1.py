@@ -1,11 +1,16 @@
 """Stage 1 that differs from picture to picture: ragged counts, questions and tiles on their way through the splice."""
 
+import types
+
 import pytest
 import torch
 from model_helpers import IMAGE, golden_model, pad_batch, pixels, prompt
 
 import duet
 from duet import DuetConfig
+from llava.eval.__main__ import default_name
+from llava.serve.cli import describe_reduction
+from llava.train.plan_text import budget_line
 
 ADAPTIVE = DuetConfig(stage1="prumerge_adaptive", schedule={4: 0.5})
 ASKED = DuetConfig(stage1="cdpruner", dominant=40, contextual=0, schedule={4: 0.5})
@@ -58,6 +63,19 @@ def test_pictures_come_as_a_list_where_they_differ(model):
     tower = model.get_vision_tower()
     listed = tower([pictures[0], pictures[2]], reduction=ADAPTIVE)
     assert [tuple(one.shape[:2]) for one in listed] == [(1, len(features[0])), (1, len(features[2]))]
+
+
+def test_what_is_printed_names_no_number(model):
+    model.set_reduction(ADAPTIVE)
+    assert "576 patches -> as many visual tokens per picture as it needs (prumerge_adaptive)" in describe_reduction(
+        model
+    )
+    assert default_name("m", model) == "m-duet-prumerge_adaptive"
+    line = budget_line(ADAPTIVE, types.SimpleNamespace(patches=576, layers=8))
+    assert line == "576 patches -> as many enter as a picture needs (prumerge_adaptive); kept: 0.5 after layer 4"
+    model.set_reduction(None)
+    with duet.attach(model, ADAPTIVE) as handle:
+        assert "as many visual tokens per image as it needs" in repr(handle) and "average" not in repr(handle)
 
 
 @torch.no_grad()
