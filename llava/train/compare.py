@@ -18,17 +18,20 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from transformers import AutoConfig
 
 from llava.eval.lines import Line, Run, make_lines
 from llava.eval.plans import Geometry, Plan, choose_methods, draws, numbers, solved_plans
 from llava.eval.plots import against_cost
 from llava.eval.report import columns, number, read_records
 from llava.eval.tables import conditions, content, markdown, write_csv
+from llava.model.multimodal_encoder.clip_encoder import tower_geometry
 from llava.train.checkpoints import write_json_atomically
 from llava.train.launch import Runner, build_tiny_data, comparable, run_stage
 from llava.train.plan import Plan as TrainingPlan
@@ -84,6 +87,14 @@ class Trial:
         return resolve("finetune_duet", env, [*overrides, *flags])
 
 
+def read_geometry(plan: TrainingPlan) -> Geometry:
+    """Patches of the tower and layers of the language model that will be put together."""
+    flags = plan.stages[-1].flags
+    tower: Any = tower_geometry(str(flags["vision_tower"]), None)
+    layers = AutoConfig.from_pretrained(str(flags["model_name_or_path"])).num_hidden_layers
+    return Geometry((tower.image_size // tower.patch_size) ** 2, layers)
+
+
 def make_trials(
     methods: Sequence[str], budgets: Sequence[int], seeds: Sequence[int], geometry: Geometry, out: Path
 ) -> tuple[list[Trial], list[str]]:
@@ -92,7 +103,7 @@ def make_trials(
     return [Trial(plan, seed, out) for seed in seeds for plan in plans], refused
 
 
-def train(trial: Trial, resolved: TrainingPlan, runner: Runner) -> dict[str, Any] | None:
+def train(trial: Trial, resolved: TrainingPlan, runner: Any) -> dict[str, Any] | None:
     """Train one model and return what it took; None when training failed."""
     if resolved.recipe.name == "tiny" and build_tiny_data(resolved, runner) != 0:
         return None
@@ -119,7 +130,7 @@ def measured(log: Path) -> dict[str, Any]:
     return means | {"steps": lines[-1].get("step"), "final_loss": steps[-1].get("loss")}
 
 
-def evaluate(trial: Trial, model: str, args: argparse.Namespace, runner: Runner) -> bool:
+def evaluate(trial: Trial, model: str, args: argparse.Namespace, runner: Any) -> bool:
     """Answer and score the benchmarks with the reduction that the checkpoint names."""
     command = [sys.executable, "-m", "llava.eval", "--model-path", model, "--benchmarks", args.benchmarks]
     command += ["--root", str(args.root), "--out", str(trial.out / trial.column), "--name", trial.plan.name]
@@ -213,8 +224,12 @@ def parse_part(text: str) -> tuple[int, int]:
     raise ValueError(f"--part {text}: expected I/N, for example 1/2 on one machine and 2/2 on the other")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, make_runner: Callable[[Any], Any] = Runner) -> int:
     """Train and evaluate everything; returns the exit status.
+
+    Args:
+        args: the command line; `flags` holds the training flags.
+        make_runner: what carries out a command, given the devices.
 
     Raises:
         ValueError: a wrong request.
@@ -225,7 +240,7 @@ def run(args: argparse.Namespace) -> int:
     first = resolve("finetune", {**os.environ, "OUTPUT_ROOT": str(args.out / "model")}, args.flags)
     if not first.can_run:
         raise ValueError("; ".join(f"{item.what}: {item.remedy}" for item in first.missing))
-    geometry = Geometry(first.recipe.patches, first.recipe.layers)
+    geometry = read_geometry(first)
     trials, refused = make_trials(methods, numbers("budgets", args.budgets, 1), seeds, geometry, args.out)
     mine = trials[part - 1 :: parts]
     for place, trial in enumerate(mine, start=1):
@@ -233,7 +248,7 @@ def run(args: argparse.Namespace) -> int:
         if trial.done:
             continue
         resolved = trial.resolve(args.flags)
-        with Runner(resolved.devices) as runner:
+        with make_runner(resolved.devices) as runner:
             facts = train(trial, resolved, runner)
             if facts is None or not evaluate(trial, facts["model"], args, runner):
                 return 1
