@@ -19,7 +19,7 @@ COMMANDS = {
     "report": ("llava.eval.report", "one table over the runs of a results folder"),
     "bench": ("duet.bench", "speed and memory of prefills and training steps"),
     "convert": ("llava.convert", "checkpoints between layouts"),
-    "calibrate": ("llava.eval.calibrate", "what a method has to learn about a model before it runs"),
+    "calibrate": ("llava.eval.calibrate", "what FitPrune has to measure on a model before it runs"),
 }
 
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from llava.eval import __main__ as single
-from llava.eval.grid import Grid, add_grid_arguments, common_geometry
+from llava.eval.calibrate import FILE_NAME
+from llava.eval.grid import Grid, add_grid_arguments, common_geometry, model_paths
 from llava.eval.plans import choose_methods, numbers, solved_plans
 from llava.eval.plots import against_cost
 from llava.eval.processes import Processes
@@ -30,8 +32,16 @@ def make_parser() -> argparse.ArgumentParser:
     add_grid_arguments(parser)
     parser.add_argument("--methods", default="duet,visionzip,pyramiddrop,fastv,random", help="names and pairs, or all")
     parser.add_argument("--budgets", default="192,128,64", help="visual tokens per layer on average")
-    parser.add_argument("--calibration", default=None, help="file of duet calibrate, for methods that need one")
+    parser.add_argument(
+        "--calibration", default=None, help=f"of duet calibrate (default: {FILE_NAME} in the model's folder)"
+    )
     return parser
+
+
+def find_calibration(args: argparse.Namespace) -> str | None:
+    """The calibration file that was given, or the one next to the (first) model if there is one."""
+    beside = Path(model_paths(args.model_path)[0]) / FILE_NAME
+    return args.calibration or (str(beside) if beside.is_file() else None)
 
 
 def run(args: argparse.Namespace, processes: Processes) -> bool:
@@ -44,7 +54,7 @@ def run(args: argparse.Namespace, processes: Processes) -> bool:
     methods, tolerant = choose_methods(args.methods)
     budgets, seeds = numbers("budgets", args.budgets, 1), numbers("seeds", args.seeds)
     geometry = common_geometry(args)
-    plans, refused = solved_plans(methods, budgets, seeds, geometry, tolerant, args.calibration)
+    plans, refused = solved_plans(methods, budgets, seeds, geometry, tolerant, find_calibration(args))
     heading = f"# Methods at equal average tokens\n\n{args.command}"
     grid = Grid(args, processes, plans, geometry, refused, tolerant, "compare", heading, against_cost, print)
     return grid.run()

@@ -29,7 +29,9 @@ def _curve(axis: Any, places: Sequence[float], lines: Sequence[Line], label: str
     order = sorted(range(len(lines)), key=lambda index: places[index])
     values = [fmean(lines[index].averages) for index in order]
     errors = [lines[index].error or 0.0 for index in order]
-    axis.errorbar([places[index] for index in order], values, yerr=errors, capsize=3, label=label, **style)
+    axis.errorbar(
+        [places[index] for index in order], values, yerr=errors, capsize=2, elinewidth=0.7, label=label, **style
+    )
 
 
 def _finish(figure: Any, axes: Any, path: Path) -> bool:

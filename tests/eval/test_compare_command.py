@@ -240,6 +240,17 @@ def test_a_missing_calibration_says_which_command_makes_it():
         solved_plans(*arguments, calibration="nowhere.json")
 
 
+def test_a_calibration_next_to_the_model_is_found(tmp_path):
+    from llava.eval.compare import find_calibration, make_parser
+
+    args = make_parser().parse_args(["--model-path", f"{tmp_path},other", "--benchmarks", "pope"])
+    assert find_calibration(args) is None
+    (tmp_path / "fitprune.json").write_text("{}")
+    assert find_calibration(args) == str(tmp_path / "fitprune.json")
+    args.calibration = "given.json"
+    assert find_calibration(args) == "given.json"
+
+
 def test_settings_as_released_stand_apart():
     plans, _ = solved_plans(["fastv", "dart-release"], [192], [0], Geometry(576, 32))
     assert [plan.exact for plan in plans] == [True, True, False]
