@@ -43,6 +43,7 @@ class Layout:
         tiles: (rows, columns) of tiles; (0, 0) for a picture in one pass.
         rows, columns: of the joined tiles' patches, what is no padding.
         shown: (rows, columns) of high-resolution tokens that the model makes of them without reduction.
+        newlines: whether the model then puts a newline after each row (after a picture in one pass).
     """
 
     side: int
@@ -50,6 +51,7 @@ class Layout:
     rows: range
     columns: range
     shown: tuple[int, int]
+    newlines: bool = True
 
     @classmethod
     def of(cls, size: Sequence[int], pinpoints: list, image_size: int, side: int, most_tiles: int | None) -> Layout:
@@ -77,9 +79,9 @@ class Layout:
         return cls(side, tiles, rows, columns, shown)
 
     @classmethod
-    def single(cls, side: int) -> Layout:
+    def single(cls, side: int, newlines: bool = True) -> Layout:
         """Return the layout of a picture in one pass."""
-        return cls(side, (0, 0), range(0), range(0), (0, 0))
+        return cls(side, (0, 0), range(0), range(0), (0, 0), newlines)
 
     @property
     def passes(self) -> int:
@@ -90,7 +92,7 @@ class Layout:
     def placeholders(self) -> int:
         """Tokens that the model makes of the picture without reduction, newlines included."""
         newlines = self.shown[0] if math.prod(self.tiles) else 1
-        return self.side**2 + math.prod(self.shown) + newlines
+        return self.side**2 + math.prod(self.shown) + newlines * self.newlines
 
     def views(self) -> list[View]:
         """Return what of each pass is no padding; an empty view for a tile that shows nothing else."""
@@ -146,109 +148,164 @@ def encode_pictures(
         config: counts per pass, or per picture.
         question: what is asked about each picture.
     """
-    plans = [plan(config, [len(view.units) for view in layout.views()], how.has_class) for layout in layouts]
+    reduced = reduce_pictures(
+        how.tower, tiles_TCHW, how.select_layer, layouts, config,
+        has_class=how.has_class, drop_class=how.drop_class, project=how.project, question=question,
+    )  # fmt: skip
+    whole = [number for number, kept in enumerate(reduced.kept) if kept is None]
+    tokens = _project_once(how.project, reduced, [layout.passes for layout in layouts])
+    if whole:
+        packed = how.pack([tokens[number] for number in whole], whole)
+        for number, one in zip(whole, packed, strict=True):
+            tokens[number] = one
+    return Encoded.join(tokens)
+
+
+def _project_once(project: Callable[[Tensor], Tensor], reduced: Reduced, passes: list[int]) -> list[Tensor]:
+    """Project the tokens of all pictures in one call: ZeRO-3 needs equally many on every rank."""
+    if all(kept is None for kept in reduced.kept):  # as the model itself calls it
+        return list(project(reduced.features).split(passes))
+    every = reduced.all_tokens(passes)
+    parts = project(torch.cat([tokens.flatten(0, -2) for tokens in every])).split([t[..., 0].numel() for t in every])
+    return [part.view(*tokens.shape[:-1], -1) for part, tokens in zip(parts, every, strict=True)]
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Pictures after stage 1, before the projector.
+
+    Attributes:
+        kept: [K, D] of each picture; None where stage 1 leaves it whole.
+        features: [T, M, D], all tokens of all passes, padding included.
+    """
+
+    kept: list[Tensor | None]
+    features: Tensor
+
+    def all_tokens(self, passes: list[int]) -> list[Tensor]:
+        """Return what is to be projected of each picture: [K, D], or [P, M, D] of one left whole."""
+        whole = self.features.split(passes)
+        return [tokens if kept is None else kept for kept, tokens in zip(self.kept, whole, strict=True)]
+
+
+def reduce_pictures(
+    tower: Any,
+    tiles_TCHW: Tensor,
+    select_layer: int | Sequence[int],
+    layouts: Sequence[Layout],
+    config: DuetConfig,
+    *,
+    has_class: bool = True,
+    drop_class: bool = True,
+    project: Callable[[Tensor], Tensor] | None = None,
+    question: Question | None = None,
+) -> Reduced:
+    """Return what stage 1 keeps of every picture.
+
+    Args:
+        tower: the vision tower.
+        tiles_TCHW: the passes of all pictures, the whole picture first, then its tiles row by row.
+        select_layer: where the tower's features are taken.
+        layouts: of the pictures.
+        config: counts per pass, or per picture.
+        has_class: whether the tower has a class token.
+        drop_class: whether the model leaves it out.
+        project: the projector that follows, for reducers that compare projected tokens.
+        question: what is asked about each picture.
+    """
+    plans = [plan(config, [len(view.units) for view in layout.views()], has_class) for layout in layouts]
     reduced = [number for number, mine in enumerate(plans) if any(mine)]
     if reduced and runs_tower_itself(config):
-        return _encode_whole_tiles(how, tiles_TCHW, layouts, config)
-    output = run_tower(how.tower, tiles_TCHW, how.select_layer)
+        return _reduce_whole_tiles(tower, tiles_TCHW, select_layer, layouts, config, project)
+    output = run_tower(tower, tiles_TCHW, select_layer)
     if question is not None:
         passes = torch.tensor([layout.passes for layout in layouts])
         question = question.select(torch.arange(len(layouts)).repeat_interleave(passes))
-    batch = _Batch(how, layouts, replace(output, project=how.project, question=question))
-    whole = [number for number in range(len(layouts)) if number not in reduced]
-    done = dict(zip(whole, batch.left_whole(whole), strict=True)) if whole else {}
-    if reduced:
-        done |= zip(reduced, batch.reduced(reduced, [plans[number] for number in reduced]), strict=True)
-    for number in range(len(layouts)):
-        for record in done[number].records:
+    output = replace(output, project=project, question=question)
+    features = output.features[:, 1:] if drop_class else output.features
+    records = dict(zip(reduced, _reduce(output, layouts, reduced, plans), strict=True))
+    for number, layout in enumerate(layouts):
+        for record in records.get(number) or _whole_records(features, layout):
             tracing.record_vision(record)
-    return Encoded.join([done[number].tokens for number in range(len(layouts))])
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """One picture after stage 1: tokens [K, D] of the language model's width, and the fate of its patches."""
-
-    tokens: Tensor
-    records: list[VisionReduction]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """All pictures of a call after the tower."""
-
-    how: AnyRes
-    layouts: Sequence[Layout]
-    output: TowerOutput
-
-    def passes(self, pictures: Sequence[int]) -> list[int]:
-        """Return the numbers of the passes of some pictures."""
-        starts = [0, *accumulate(layout.passes for layout in self.layouts)]
-        return [number for i in pictures for number in range(starts[i], starts[i + 1])]
-
-    def left_whole(self, pictures: list[int]) -> list[_Picture]:
-        """Return pictures as the model itself makes tokens of them."""
-        features = self.output.features[:, 1:] if self.how.drop_class else self.output.features
-        if len(pictures) < len(self.layouts):
-            features = features[self.passes(pictures)]
-        passes = self.how.project(features).split([self.layouts[i].passes for i in pictures])
-        packed = self.how.pack(list(passes), pictures)
-        return [_Picture(t, _whole_records(t, self.layouts[i])) for t, i in zip(packed, pictures, strict=True)]
-
-    def reduced(self, pictures: list[int], plans: list[list[DuetConfig | None]]) -> list[_Picture]:
-        """Return pictures whose passes keep what their plans say."""
-        records = []
-        for i, parts in zip(pictures, self._reduce(pictures, plans), strict=True):
-            tiles = [_join(parts[1:], self.layouts[i])] if len(parts) > 1 else []
-            records.append([parts[0], *tiles])
-        tokens = [torch.cat([part.tokens[0] for part in mine]) for mine in records]
-        projected = self.how.project(torch.cat(tokens)).split([len(t) for t in tokens])
-        return [_Picture(t, mine) for t, mine in zip(projected, records, strict=True)]
-
-    def _reduce(self, pictures: list[int], plans: list[list[DuetConfig | None]]) -> list[list[VisionReduction]]:
-        """Return what stage 1 keeps of each pass; sources name units of the pass's view."""
-        views = [self.layouts[i].views() for i in pictures]
-        config = next(entry for entry in plans[0] if entry is not None)
-        reducer: Any = VISION_REDUCERS.get(config.stage1)
-        if not getattr(reducer, "shares_tiles", False):
-            every = len(pictures) == len(self.layouts)
-            output = self.output if every else self.output.select(torch.tensor(self.passes(pictures)))
-            parts = iter(reduce_passes(output, list(chain(*views)), list(chain(*plans))))
-            return [list(islice(parts, len(mine))) for mine in views]
-        found = []
-        for i, mine, wanted in zip(pictures, views, plans, strict=True):
-            output = replace(self.output.select(torch.tensor(self.passes([i]))), tiles=[self.layouts[i].tiles])
-            budget = next(entry for entry in wanted if entry is not None)
-            parts = singles(reducer(output, budget))
-            found.append([_visible(part, view) for part, view in zip(parts, mine, strict=True)])
-        return found
-
-
-def _encode_whole_tiles(how: AnyRes, tiles_TCHW: Tensor, layouts: Sequence[Layout], config: DuetConfig) -> Encoded:
-    """Return the tokens of pictures for a reducer that changes tower passes: pass after pass, padding included."""
-    reduction = encode_vision(how.tower, tiles_TCHW, select_layer=how.select_layer, config=config, project=how.project)
-    passes = iter(reduction.per_image(how.project(reduction.tokens)))
-    return Encoded.join([torch.cat([next(passes) for _ in range(layout.passes)]) for layout in layouts])
-
-
-def _whole_records(tokens_KD: Tensor, layout: Layout) -> list[VisionReduction]:
-    """Return what stage 1 left of a picture: everything, row by row, with a newline at the end of each."""
-    patches = layout.side**2
-    base = torch.arange(patches)
-    if not math.prod(layout.tiles):
-        return [_whole_record(tokens_KD, torch.cat((base, torch.tensor([-1]))), (layout.side, layout.side))]
-    rows = torch.arange(math.prod(layout.shown)).view(layout.shown)
-    rows = torch.nn.functional.pad(rows, (0, 1), value=-1).flatten()
-    return [
-        _whole_record(tokens_KD[:patches], base, (layout.side, layout.side)),
-        _whole_record(tokens_KD[patches:], rows, layout.shown),
+    kept = [
+        torch.cat([part.tokens[0] for part in records[number]]) if number in records else None
+        for number in range(len(layouts))
     ]
+    return Reduced(kept, features)
 
 
-def _whole_record(tokens_KD: Tensor, source_K: Tensor, grid: tuple[int, int]) -> VisionReduction:
-    source = source_K.to(tokens_KD.device)
+def _reduce(
+    output: TowerOutput, layouts: Sequence[Layout], pictures: list[int], plans: list[list[DuetConfig | None]]
+) -> list[list[VisionReduction]]:
+    """Return what stage 1 keeps of some pictures: of the pass as a whole, and of the tiles together."""
+    joined = []
+    for number, parts in zip(pictures, _reduce_passes(output, layouts, pictures, plans), strict=True):
+        tiles = [_join(parts[1:], layouts[number])] if len(parts) > 1 else []
+        joined.append([parts[0], *tiles])
+    return joined
+
+
+def _reduce_passes(
+    output: TowerOutput, layouts: Sequence[Layout], pictures: list[int], plans: list[list[DuetConfig | None]]
+) -> list[list[VisionReduction]]:
+    """Return what stage 1 keeps of each pass of some pictures; sources name units of the pass's view."""
+    if not pictures:
+        return []
+    views = [layouts[number].views() for number in pictures]
+    budgets = [next(entry for entry in plans[number] if entry is not None) for number in pictures]
+    reducer: Any = VISION_REDUCERS.get(budgets[0].stage1)
+    if not getattr(reducer, "shares_tiles", False):
+        some = output if len(pictures) == len(layouts) else output.select(_passes(layouts, pictures))
+        chosen = [plans[number] for number in pictures]
+        parts = iter(reduce_passes(some, list(chain(*views)), list(chain(*chosen))))
+        return [list(islice(parts, len(mine))) for mine in views]
+    found = []
+    for number, mine, budget in zip(pictures, views, budgets, strict=True):
+        some = replace(output.select(_passes(layouts, [number])), tiles=[layouts[number].tiles])
+        parts = singles(reducer(some, budget))
+        found.append([_visible(part, view) for part, view in zip(parts, mine, strict=True)])
+    return found
+
+
+def _passes(layouts: Sequence[Layout], pictures: Sequence[int]) -> Tensor:
+    """Return the numbers of the passes of some pictures."""
+    starts = [0, *accumulate(layout.passes for layout in layouts)]
+    return torch.tensor([number for i in pictures for number in range(starts[i], starts[i + 1])])
+
+
+def _reduce_whole_tiles(
+    tower: Any,
+    tiles_TCHW: Tensor,
+    select_layer: int | Sequence[int],
+    layouts: Sequence[Layout],
+    config: DuetConfig,
+    project: Callable[[Tensor], Tensor] | None,
+) -> Reduced:
+    """Return the tokens of pictures for a reducer that changes tower passes: pass after pass, padding included."""
+    reduction = encode_vision(tower, tiles_TCHW, select_layer=select_layer, config=config, project=project)
+    passes = iter(reduction.per_image(reduction.tokens))
+    kept: list[Tensor | None] = [torch.cat([next(passes) for _ in range(layout.passes)]) for layout in layouts]
+    return Reduced(kept, reduction.tokens)
+
+
+def _whole_records(features_TMD: Tensor, layout: Layout) -> list[VisionReduction]:
+    """Return what stage 1 left of a picture: everything, row by row, with a newline at the end of each."""
+    base = torch.arange(layout.side**2)
+    grid = (layout.side, layout.side)
+    if not math.prod(layout.tiles):
+        ends = base.new_full((int(layout.newlines),), -1)
+        return [_whole_record(features_TMD, torch.cat((base, ends)), grid)]
+    rows = torch.arange(math.prod(layout.shown)).view(layout.shown)
+    rows = torch.nn.functional.pad(rows, (0, int(layout.newlines)), value=-1).flatten()
+    return [_whole_record(features_TMD, base, grid), _whole_record(features_TMD, rows, layout.shown)]
+
+
+def _whole_record(features_TMD: Tensor, source_K: Tensor, grid: tuple[int, int]) -> VisionReduction:
+    """Return a record of tokens that are as the model makes them; it holds no tokens itself."""
+    source = source_K.to(features_TMD.device)
     kind = torch.where(source < 0, NEWLINE, DOMINANT)
-    return VisionReduction(tokens_KD[None], source[None], kind, source.new_empty(1, 0, 0), grid)
+    tokens = features_TMD.new_empty(1, len(source), 0)
+    return VisionReduction(tokens, source[None], kind, source.new_empty(1, 0, 0), grid)
 
 
 def _visible(part: VisionReduction, view: View) -> VisionReduction:

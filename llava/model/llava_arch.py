@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from duet import DuetConfig
+from duet.families.anyres import Layout
 from duet.question import Question, asked, is_read, read_question
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -18,8 +19,7 @@ from llava.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from llava.mm_utils import get_anyres_image_grid_shape
-from llava.model.anyres import merge_single, merge_tiles, unpad_image
+from llava.model.anyres import Tiling, unpad_image
 from llava.model.checkpoints import gathered, load_projector_weights, read_projector_file
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -135,7 +135,11 @@ class LlavaMetaForCausalLM(ABC):
         self.config.duet = config.to_dict()
 
     def encode_images(
-        self, images: Tensor, question: Question | None = None, tiles: list[tuple[int, int]] | None = None
+        self,
+        images: Tensor,
+        question: Question | None = None,
+        tiles: list[tuple[int, int]] | None = None,
+        layouts: list[Layout] | None = None,
     ) -> Tensor | list[Tensor]:
         """Pictures to language-model tokens: tower, stage 1, projector.
 
@@ -144,22 +148,29 @@ class LlavaMetaForCausalLM(ABC):
             question: What is asked about each picture, for reductions that listen.
             tiles: (rows, columns) of tiles of each picture, whose passes follow that of the whole picture; (0, 0) for
                 one without tiles, None when each of `images` is a picture of its own.
+            layouts: Where a reduction has to know which patches of each picture's passes are border, instead of
+                `tiles`.
 
         Returns:
             [B, K, D]; K is every patch when no reduction is set. A list of [K_i, D] where the reduction finds the
-            number of tokens picture by picture.
+            number of tokens picture by picture. With `layouts` [K_i, D] of each picture, or [passes, N, D] of one that
+            the reduction leaves whole.
         """
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
         reduction = self.reduction
         # Only what is set is passed on, for projects that replace the tower's forward or encode_images.
-        further = {"reduction": reduction, "question": question, "tiles": tiles}
+        further = {"reduction": reduction, "question": question, "tiles": tiles, "layouts": layouts}
         further |= {"project": projector} if reduction is not None else {}
         features = tower(images, **{name: value for name, value in further.items() if value is not None})
         ragged = isinstance(features, list)
-        flat = torch.cat(features) if ragged else features
+        # One call, whatever the pictures are: under ZeRO-3 every rank must call every module equally often.
+        flat = torch.cat([one.flatten(0, -2) for one in features]) if ragged else features
         weight = next(projector.parameters(), None)
         projected = projector(flat if weight is None else flat.to(weight.dtype))
-        return list(projected.split([len(one) for one in features])) if ragged else projected
+        if not ragged:
+            return projected
+        parts = projected.split([one[..., 0].numel() for one in features])
+        return [part.view(*one.shape[:-1], -1) for part, one in zip(parts, features, strict=True)]
 
     def prepare_inputs_labels_for_multimodal(
         self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
@@ -252,6 +263,10 @@ class LlavaMetaForCausalLM(ABC):
             keys = list(zip(keys, owners.tolist(), strict=True))
         first = {key: index for index, key in reversed(list(enumerate(keys)))}
         chosen = sorted(first.values())
+        if image_sizes is not None and len(image_sizes) != len(images):
+            raise ValueError(
+                f"{len(image_sizes)} image_sizes were given for {len(images)} picture(s); give one for each, in order"
+            )
         sizes = None if image_sizes is None else [image_sizes[index] for index in chosen]
         asked_of = None if question is None else question.select(owners[chosen])
         features = self._encode_pictures([images[index] for index in chosen], sizes, asked_of)
@@ -261,34 +276,34 @@ class LlavaMetaForCausalLM(ABC):
     def _encode_pictures(self, images: list[Tensor], image_sizes, question: Question | None) -> list[Tensor]:
         """One [K, D] per picture, tiles merged."""
         stacks = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
-        encoded = self._encode_stacks(stacks, image_sizes, question)
-        per_picture = _deal([len(stack) for stack in stacks], encoded)
+        tiling = Tiling.of(self.config, self.get_vision_tower().config)
         merge = getattr(self.config, "mm_patch_merge_type", None) or "flat"
-        tiled = any(image.ndim == 4 for image in images)
-        if merge == "flat" or not tiled:
-            return [f.flatten(0, 1) if isinstance(f, Tensor) else torch.cat(f) for f in per_picture]
-        if not merge.startswith("spatial"):
-            raise ValueError(f"unknown mm_patch_merge_type {merge!r}; use 'flat', 'spatial' or 'spatial_unpad'")
-        if isinstance(encoded, list):
-            raise ValueError(
-                f"stage 1 gives tiles different numbers of tokens, which do not fill the plane of mm_patch_merge_type="
-                f"{merge!r}; use mm_patch_merge_type='flat'"
-            )
+        if merge == "flat" or not any(image.ndim == 4 for image in images):
+            encoded = _deal([len(stack) for stack in stacks], self._encode_flat(stacks, image_sizes, question))
+            return [f.flatten(0, 1) if isinstance(f, Tensor) else torch.cat(f) for f in encoded]
         if image_sizes is None:
             raise ValueError(
-                "image_sizes ((width, height) of every picture) is needed for mm_patch_merge_type='spatial*'"
+                f"mm_patch_merge_type={merge!r} needs image_sizes, the (width, height) in pixels of every picture"
             )
-        newline = self.get_model().image_newline if "unpad" in merge else None
-        tower = self.get_vision_tower()
+        sizes = [(int(width), int(height)) for width, height in image_sizes]
+        newline = self.get_model().image_newline if tiling.unpad else None
         merged = []
-        for feature, size in zip(per_picture, image_sizes, strict=True):
-            if len(feature) == 1:
-                merged.append(merge_single(feature, newline))
-                continue
-            merged.append(merge_tiles(feature, self._tile_grid(size), tower.num_patches_per_side, size, newline))
+        for feature, size in zip(self._encode_laid_out(stacks, sizes, tiling, question), sizes, strict=True):
+            # What stage 1 keeps of a picture forms no rows any more, so it has no newlines.
+            merged.append(feature if feature.ndim == 2 else tiling.merge(feature, size, newline))
         return merged
 
-    def _encode_stacks(self, stacks: list[Tensor], image_sizes, question: Question | None) -> Tensor | list[Tensor]:
+    def _encode_laid_out(
+        self, stacks: list[Tensor], sizes: list[tuple[int, int]], tiling: Tiling, question: Question | None
+    ) -> list[Tensor]:
+        """Tokens [K, D] of each picture that stage 1 reduces, and all passes [P, N, D] of each other one."""
+        counts = [len(stack) for stack in stacks]
+        layouts = [tiling.layout(size, count) for size, count in zip(sizes, counts, strict=True)]
+        further = {} if self.reduction is None else {"layouts": layouts, "question": question}
+        encoded = self.encode_images(torch.cat(stacks), **{k: v for k, v in further.items() if v is not None})
+        return list(encoded.split(counts)) if isinstance(encoded, Tensor) else encoded
+
+    def _encode_flat(self, stacks: list[Tensor], image_sizes, question: Question | None) -> Tensor | list[Tensor]:
         """What the tower passes of all pictures give, one pass after the other."""
         counts = [len(stack) for stack in stacks]
         tiles = self._tiles(counts, image_sizes)
@@ -301,19 +316,14 @@ class LlavaMetaForCausalLM(ABC):
 
     def _tiles(self, counts: list[int], image_sizes) -> list[tuple[int, int]] | None:
         """(rows, columns) of tiles of each picture; None where no picture has any, or their layout is not known."""
-        pinpoints = getattr(self.config, "image_grid_pinpoints", None)
-        if self.reduction is None or max(counts) == 1 or image_sizes is None or not pinpoints:
+        tiling = Tiling.of(self.config, self.get_vision_tower().config)
+        if self.reduction is None or max(counts) == 1 or image_sizes is None or not tiling.pinpoints:
             return None
         tiles = []
         for size, count in zip(image_sizes, counts, strict=True):
-            across, down = self._tile_grid(size) if count > 1 else (0, 0)
+            across, down = tiling.grid(size) if count > 1 else (0, 0)
             tiles.append((down, across))
         return tiles if [1 + rows * columns for rows, columns in tiles] == counts else None
-
-    def _tile_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(tiles across, tiles down) of a picture of (width, height)."""
-        side = self.get_vision_tower().config.image_size
-        return get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, side)
 
     def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
         """Add the image tokens that the options ask for, with mean-initialised rows.

@@ -173,8 +173,8 @@ def test_tiles_of_one_picture_share_a_budget(tiled):
     alone = sources(tiled, input_ids=ids, images=[stack])  # without sizes nobody knows how the tiles lie
     assert [len(one) for one in alone] == [30, 30, 30]
     tiled.config.mm_patch_merge_type = "spatial"
-    with pytest.raises(ValueError, match=r"different numbers of tokens.*mm_patch_merge_type='flat'"):
-        sources(tiled, input_ids=ids, images=[stack], image_sizes=[(300, 600)])
+    base, tiles = sources(tiled, input_ids=ids, images=[stack], image_sizes=[(300, 600)])
+    assert base == kept[0] and tiles == kept[1] + [576 + patch for patch in kept[2]]
 
 
 def test_tiles_hear_the_question_of_their_picture(tiled):

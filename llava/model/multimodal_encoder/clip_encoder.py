@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
+from duet.families.anyres import reduce_pictures
 from duet.vision import encode_vision
 from llava.model.paths import resolve_path
 
@@ -140,7 +141,7 @@ class CLIPVisionTower(nn.Module):
         self._image_processor = processor
 
     def forward(
-        self, images: Tensor | list[Tensor], reduction=None, project=None, question=None, tiles=None
+        self, images: Tensor | list[Tensor], reduction=None, project=None, question=None, tiles=None, layouts=None
     ) -> Tensor | list[Tensor]:
         """Encode pictures.
 
@@ -150,16 +151,21 @@ class CLIPVisionTower(nn.Module):
             project: the projector that follows, for reducers that compare projected tokens.
             question: what is asked about each picture, for reducers that listen (see `duet.encode_vision`).
             tiles: which of `images` are tiles of one picture (see `duet.encode_vision`).
+            layouts: how the tiles of each picture lie and which of their patches are no border
+                (`duet.families.anyres.Layout`); with a reduction only.
 
         Returns:
             [B, K, D] in the dtype of `images`; without a reduction K is every patch (and the class token). Where the
-            reduction finds the number of tokens picture by picture, a list of [K_i, D].
+            reduction finds the number of tokens picture by picture, a list of [K_i, D]. With `layouts` one [K_i, D] for
+            each picture, or all [passes, N, D] of one that the reduction leaves whole.
         """
         trainable = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
             if isinstance(images, list):
                 encoded = [self._encode(image.unsqueeze(0), config=reduction, project=project) for image in images]
                 return [one if isinstance(one, Tensor) else one[0].unsqueeze(0) for one in encoded]
+            if layouts is not None:
+                return self._encode_tiled(images, reduction, project, question, layouts)
             return self._encode(images, config=reduction, project=project, question=question, tiles=tiles)
 
     def _encode(self, images: Tensor, **stage1) -> Tensor | list[Tensor]:
@@ -173,6 +179,14 @@ class CLIPVisionTower(nn.Module):
         )
         tokens = encoded.tokens.to(images.dtype)
         return tokens if encoded.counts is None else encoded.per_image(tokens)
+
+    def _encode_tiled(self, images: Tensor, reduction, project, question, layouts) -> list[Tensor]:
+        pixels = images.to(device=self.device, dtype=self.dtype)
+        reduced = reduce_pictures(
+            self.vision_tower, pixels, self.select_layer, layouts, reduction,
+            drop_class=self.select_feature == "patch", project=project, question=question,
+        )  # fmt: skip
+        return [tokens.to(images.dtype) for tokens in reduced.all_tokens([layout.passes for layout in layouts])]
 
     @property
     def dummy_feature(self) -> Tensor:
