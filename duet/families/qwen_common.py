@@ -96,6 +96,8 @@ class QwenFamily(HostFamily):
             pixels, grid = inputs.get(name), inputs.get(grid_name)
             if pixels is None:
                 continue
+            if grid is None:
+                raise ValueError(f"{name} needs {grid_name}, frames, rows and columns of every picture in patches")
             sizes = _sizes(pixels, grid, name, grid_name, model.model.visual.spatial_merge_size)
             rows = {name: sizes, grid_name: None}
             if kind == "video" and isinstance(inputs.get("second_per_grid_ts"), Tensor):
@@ -129,14 +131,12 @@ class QwenFamily(HostFamily):
         )
 
 
-def _sizes(pixels: Tensor, grid: Tensor | None, name: str, grid_name: str, merge: int) -> list[int]:
+def _sizes(pixels: Tensor, grid: Tensor, name: str, grid_name: str, merge: int) -> list[int]:
     """Return the patches of every picture.
 
     Raises:
-        ValueError: no grid, a grid that the merger cannot divide, or another number of patches than there are.
+        ValueError: a grid that the merger cannot divide, or another number of patches than there are.
     """
-    if grid is None:
-        raise ValueError(f"{name} needs {grid_name}, frames, rows and columns of every picture in patches")
     sizes = []
     for number, (frames, rows, columns) in enumerate(grid.tolist()):
         if min(frames, rows, columns) < 1 or rows % merge or columns % merge:

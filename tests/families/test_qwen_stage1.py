@@ -13,6 +13,7 @@ from duet.families import FAMILIES
 from duet.families.prompt import Prompt
 from duet.families.qwen_tower import PackedFrames, reduce_pictures
 from duet.families.reduced import _read_pictures
+from duet.probe import peak_memory
 from duet.stage1 import VISION_REDUCERS
 
 GRIDS = [(1, 8, 12), (3, 6, 8), (1, 4, 6), (1, 2, 2)]  # an image, a video, a small image, one unit
@@ -203,6 +204,20 @@ def test_long_videos_are_reduced_a_few_frames_at_a_time(model, monkeypatch):
     for mine, theirs in zip(reduce_pictures(packed, GRIDS, qwen.MERGE, config), at_once, strict=True):
         assert torch.equal(mine.index, theirs.index)
         assert torch.equal(torch.cat(mine.levels), torch.cat(theirs.levels))
+
+
+def peak_of_stage_1(model, grids, config):
+    packed = run_tower(model, grids)
+    return peak_memory(lambda: reduce_pictures(packed, grids, qwen.MERGE, config), torch.device("cpu")).tracked
+
+
+@torch.no_grad()
+def test_stage_1_needs_no_map_and_as_much_for_many_frames_as_for_few():
+    model, config = qwen.build("qwen2_5_vl"), DuetConfig(dominant=100, contextual=20, schedule={})
+    whole_map = 2 * 2304**2 * 4  # bytes of 2 heads
+    assert peak_of_stage_1(model, [(1, 48, 48)], config) < whole_map / 2
+    few, many = (peak_of_stage_1(model, [(frames, 48, 48)], config) for frames in (3, 6))
+    assert many < 1.25 * few
 
 
 @torch.no_grad()
