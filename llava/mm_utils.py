@@ -24,6 +24,9 @@ CLIP_MEAN_COLOUR = (122, 116, 104)
 """CLIP's mean colour as 8-bit RGB, truncated; the padding that LLaVA-1.5 was trained with."""
 
 
+_PINPOINTS_EXAMPLE = "[(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]"
+
+
 def select_best_resolution(original_size: Size, possible_resolutions: Sequence[Size]) -> Size:
     """Pick the grid that shows most pixels of the picture, then the one that wastes least area.
 
@@ -39,7 +42,7 @@ def select_best_resolution(original_size: Size, possible_resolutions: Sequence[S
         return effective, effective - candidate[0] * candidate[1]
 
     if not possible_resolutions:
-        raise ValueError("no candidate resolution: set image_grid_pinpoints, e.g. [(336, 672), (672, 336)]")
+        raise ValueError(f"no candidate resolution: set image_grid_pinpoints, e.g. {_PINPOINTS_EXAMPLE}")
     best = max(possible_resolutions, key=fit)
     return (best[0], best[1])
 
@@ -68,19 +71,49 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
     ]
 
 
-def _pinpoints(grid_pinpoints: str | Sequence[Size]) -> list[Size]:
-    """Read the anyres candidates, which a config may hold as text."""
-    points = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
-    if not isinstance(points, (list, tuple)) or not all(len(point) == 2 for point in points):
-        raise ValueError(f"image_grid_pinpoints must be a list of (width, height) pairs, got {grid_pinpoints!r}")
-    return [(int(point[0]), int(point[1])) for point in points]
+def read_pinpoints(grid_pinpoints: str | Sequence[Size] | None, tile: int | None = None) -> list[Size]:
+    """Read the anyres candidates, which a config may hold as text.
+
+    Args:
+        grid_pinpoints: (width, height) pairs in pixels, or their text.
+        tile: Pixels along one side of a tile, when that is known.
+
+    Raises:
+        ValueError: There are none, they are no pairs of whole numbers, or tiles do not fill one of them.
+    """
+    wanted = f"image_grid_pinpoints must be a list of (width, height) pairs in pixels, such as {_PINPOINTS_EXAMPLE}"
+    try:
+        points = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{wanted}; {grid_pinpoints!r} cannot be read") from error
+    pairs = isinstance(points, (list, tuple)) and all(
+        isinstance(point, (list, tuple)) and len(point) == 2 and all(_is_whole(side) for side in point)
+        for point in points
+    )
+    if not pairs or not points:
+        raise ValueError(f"{wanted}, got {grid_pinpoints!r}")
+    for width, height in points:
+        if tile and (width % tile or height % tile):
+            raise ValueError(
+                f"image_grid_pinpoints has {width} x {height}, which tiles of {tile} x {tile} pixels (the vision "
+                f"tower's) do not fill; use multiples of {tile}"
+            )
+    return [(int(width), int(height)) for width, height in points]
+
+
+def _is_whole(side: Any) -> bool:
+    return isinstance(side, (int, float)) and not isinstance(side, bool) and side > 0 and int(side) == side
 
 
 def get_anyres_image_grid_shape(
     image_size: Size, grid_pinpoints: str | Sequence[Size], patch_size: int
 ) -> tuple[int, int]:
-    """Return how many tiles (across, down) a picture of this size is cut into."""
-    width, height = select_best_resolution(image_size, _pinpoints(grid_pinpoints))
+    """Return how many tiles (across, down) of ``patch_size`` pixels a picture of this size is cut into.
+
+    Raises:
+        ValueError: See ``read_pinpoints``.
+    """
+    width, height = select_best_resolution(image_size, read_pinpoints(grid_pinpoints, patch_size))
     return width // patch_size, height // patch_size
 
 
@@ -94,9 +127,13 @@ def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: str
 
     Returns:
         [1 + tiles, 3, H, W]; index 0 is the whole picture, squeezed to a square.
+
+    Raises:
+        ValueError: See ``read_pinpoints``.
     """
-    resolution = select_best_resolution(image.size, _pinpoints(grid_pinpoints))
-    tiles = divide_to_patches(resize_and_pad_image(image, resolution), processor.crop_size["height"])
+    tile = processor.crop_size["height"]
+    resolution = select_best_resolution(image.size, read_pinpoints(grid_pinpoints, tile))
+    tiles = divide_to_patches(resize_and_pad_image(image, resolution), tile)
     edge = processor.size["shortest_edge"]
     views = [image.resize((edge, edge)), *tiles]
     return torch.stack([_pixel_values(view, processor) for view in views])
@@ -134,6 +171,9 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
 
     Returns:
         [B, 3, H, W]; for anyres [B, T, 3, H, W] or, when tile counts differ, a list of [T_i, 3, H, W].
+
+    Raises:
+        ValueError: Another kind of anyres is asked for, or ``image_grid_pinpoints`` cannot be used.
     """
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
     if aspect_ratio == "pad":
@@ -141,7 +181,10 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
         colour = tuple(int(channel * 255) for channel in image_processor.image_mean)
         pixels = [_pixel_values(expand2square(image, colour), image_processor) for image in images]
     elif aspect_ratio == "anyres":
-        pixels = [process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in images]
+        pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)
+        pixels = [process_anyres_image(image, image_processor, pinpoints) for image in images]
+    elif str(aspect_ratio).startswith("anyres"):
+        raise ValueError(f"image_aspect_ratio {aspect_ratio!r} is not supported; use 'anyres', 'pad' or 'square'")
     else:
         return image_processor(images, return_tensors="pt")["pixel_values"]
     if len({tensor.shape for tensor in pixels}) == 1:

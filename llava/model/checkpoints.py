@@ -21,6 +21,7 @@ TOWER_PREFIX = "model.vision_tower."
 _NEW_TOWER = "model.vision_tower.vision_tower."
 _OLD_TOWER = _NEW_TOWER + "vision_model."
 _PROJECTOR_MARK = "mm_projector."
+NEWLINE_KEY = "image_newline"
 
 # Regular expressions for keys of llava-hf: hub files, and the names that transformers 5 has in memory.
 HF_KEY_MAPPING = {
@@ -191,11 +192,20 @@ def gathered(parameters: Iterable[Tensor]) -> contextlib.AbstractContextManager:
     Outside ZeRO-3 it does nothing. Every rank must enter it.
     """
     parameters = list(parameters)
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+    if not any(map(_partitioned, parameters)):
         return contextlib.nullcontext()
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def _partitioned(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def is_partitioned(module: nn.Module) -> bool:
+    """Whether ZeRO-3 has spread a module's weights over the ranks, which all have to call it together then."""
+    return any(map(_partitioned, module.parameters()))
 
 
 def copy_into(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -216,12 +226,18 @@ def copy_into(module: nn.Module, state: Mapping[str, Tensor], source: str) -> No
             parameter.copy_(state[name].to(device=parameter.device, dtype=parameter.dtype))
 
 
-def load_projector_weights(model: Any, path: str) -> None:
-    """Load projector weights from a file or folder into a model.
+def newline_state(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Pick LLaVA-1.6's `image_newline` [D], whatever prefix it was saved under; None where there is none."""
+    return next((tensor for key, tensor in tensors.items() if key.rsplit(".", 1)[-1] == NEWLINE_KEY), None)
+
+
+def load_projector_weights(model: Any, path: str, newline_may_be_missing: bool = False) -> None:
+    """Load projector weights from a file or folder into a model, and `image_newline` if the model has one.
 
     Args:
         model: A LLaVA model, its inner decoder, or a PEFT wrap of it; partitioned by ZeRO-3 or not.
         path: See `read_projector_file`.
+        newline_may_be_missing: Leave the model's own newline where the file has none, as LLaVA-1.5's.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -230,7 +246,17 @@ def load_projector_weights(model: Any, path: str) -> None:
     projector = next((m for name, m in model.named_modules() if name.rsplit(".", 1)[-1] == "mm_projector"), None)
     if projector is None:
         raise ValueError("this model has no mm_projector; call initialize_vision_modules first")
-    copy_into(projector, projector_state(read_projector_file(path), path), path)
+    tensors = read_projector_file(path)
+    copy_into(projector, projector_state(tensors, path), path)
+    newlines = {name: p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] == NEWLINE_KEY}
+    stored = newline_state(tensors)
+    if newlines and stored is not None:
+        load_partial(model, dict.fromkeys(newlines, stored), path)
+    elif newlines and not newline_may_be_missing:
+        raise ValueError(
+            f"{path}: no {NEWLINE_KEY}, which mm_patch_merge_type='spatial_unpad' needs; take the file of a run that "
+            "was trained with it"
+        )
 
 
 def strip_non_lora_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

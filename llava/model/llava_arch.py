@@ -77,12 +77,16 @@ class LlavaMetaModel:
         self.config.mm_vision_config = tower.config.to_diff_dict()
         if getattr(self, "mm_projector", None) is None:
             self.mm_projector = build_vision_projector(self.config)
+        has_newline = getattr(self, "image_newline", None) is not None
+        if has_newline and "unpad" not in (self.config.mm_patch_merge_type or "flat"):
+            del self.image_newline  # a flat model's checkpoint has no place for it
+        elif not has_newline:
             self._make_newline(self.config)
         # A LoRA wrap freezes everything that existed before it.
         for parameter in self.mm_projector.parameters():
             parameter.requires_grad = True
         if getattr(model_args, "pretrain_mm_mlp_adapter", None):
-            load_projector_weights(self, model_args.pretrain_mm_mlp_adapter)
+            load_projector_weights(self, model_args.pretrain_mm_mlp_adapter, newline_may_be_missing=True)
 
     def _write_vision_config(self, model_args) -> None:
         config = self.config
@@ -289,8 +293,12 @@ class LlavaMetaForCausalLM(ABC):
         newline = self.get_model().image_newline if tiling.unpad else None
         merged = []
         for feature, size in zip(self._encode_laid_out(stacks, sizes, tiling, question), sizes, strict=True):
-            # What stage 1 keeps of a picture forms no rows any more, so it has no newlines.
-            merged.append(feature if feature.ndim == 2 else tiling.merge(feature, size, newline))
+            if feature.ndim == 3:
+                merged.append(tiling.merge(feature, size, newline))
+                continue
+            # What stage 1 keeps of a picture forms no rows any more, so it has no newlines. The parameter stays in the
+            # graph all the same, because ranks whose pictures differ must have gradients of the same parameters.
+            merged.append(feature if newline is None else torch.cat([feature, newline[None].to(feature)[:0]]))
         return merged
 
     def _encode_laid_out(

@@ -213,7 +213,9 @@ def looks_like_write_failure(err: BaseException) -> bool:
 
 def projector_state(model: torch.nn.Module, with_embeddings: bool = False) -> dict[str, torch.Tensor]:
     """State that stage 1 saves, under LLaVA's key names. Every rank has to call it under ZeRO-3."""
-    keys = ["mm_projector", "vision_resampler"] + (["embed_tokens", "embed_in"] if with_embeddings else [])
+    keys = ["mm_projector", "vision_resampler", "image_newline"] + (
+        ["embed_tokens", "embed_in"] if with_embeddings else []
+    )
     state = get_mm_adapter_state_maybe_zero_3(model.named_parameters(), keys)
     return {re.sub(r"^(base_model\.model\.)+", "", name): value for name, value in state.items()}
 
