@@ -34,7 +34,9 @@ def stages(record: ImageRecord) -> list[int]:
 
 
 def patch_fates(record: ImageRecord, stage: int = VISION_STAGE) -> np.ndarray:
-    """Return what each patch is at a stage: -2 dropped, -1 kept as it is, c >= 0 part of contextual token c.
+    """Return what each patch is at a stage: -2 dropped, -1 kept as it is, c >= 0 part of an averaged token.
+
+    The first numbers are the contextual tokens, then come those that the decoder merged.
 
     Args:
         record: the trace of one image.
@@ -60,6 +62,8 @@ def patch_fates(record: ImageRecord, stage: int = VISION_STAGE) -> np.ndarray:
             fate[record.members[number] or [record.source[token]]] = number
         elif record.source[token] >= 0:
             fate[record.source[token]] = -1
+    for number, tokens in enumerate(record.recycled(stage).values(), start=len(record.members)):
+        fate[[record.source[token] for token in tokens if record.source[token] >= 0]] = number
     return fate
 
 
@@ -99,13 +103,16 @@ def describe(record: ImageRecord, stage: int = VISION_STAGE) -> str:
     """Return one line of counts for a stage, such as ``stage 1: 307 of 576 tokens (300 kept, 7 merged)``."""
     tokens = range(len(record.kind)) if stage == VISION_STAGE else record.kept_after[stage]
     kinds = [record.kind[token] for token in tokens]
+    recycled = set(record.recycled(stage)) & set(tokens)
+    kinds = [kind for token, kind in zip(tokens, kinds, strict=True) if token not in recycled]
     merged = kinds.count("contextual")
     name = "stage 1" if stage == VISION_STAGE else f"after layer {stage}"
     total = record.grid[0] * record.grid[1]
     parts = [f"{kinds.count('dominant')} kept", f"{merged} merged"]
+    parts += [f"{len(recycled)} recycled"] if recycled else []
     if "class" in kinds:
         parts.append("class token")
-    return f"{name}: {len(kinds)} of {total} ({', '.join(parts)})"
+    return f"{name}: {len(tokens)} of {total} ({', '.join(parts)})"
 
 
 def overlay(image: Image.Image, record: ImageRecord, stage: int | None = None, size: int = _PANEL) -> Image.Image:

@@ -51,6 +51,23 @@ class ImageRecord:
                 lines[member] = [*(entry for entry in lines[member] if entry != "dropped in stage 1"), word + note]
         return ["; ".join(entries) for entries in lines]
 
+    def recycled(self, layer: int) -> dict[int, list[int]]:
+        """Return this image's tokens that are averages after ``layer`` layers, each with this image's tokens in it."""
+        groups: dict[int, list[int]] = {}
+        merged: set[int] = set()
+        for token in range(len(self.source)):
+            place = token
+            for stage in sorted(stage for stage in self.kept_after if stage <= layer):
+                into = self.merged_after.get(stage, {}).get(place)
+                if into is not None:
+                    place = into
+                    merged.add(into)
+                if place not in self.kept_after[stage]:
+                    break
+            else:
+                groups.setdefault(place, []).append(token)
+        return {place: tokens for place, tokens in groups.items() if place in merged}
+
     def _later_note(self, token: int) -> str:
         """Say what the decoder did to a token, following it into the tokens that it was merged into."""
         note = ""
@@ -185,6 +202,11 @@ def trace(model: object = None, *, images: bool = True) -> Iterator[Trace]:
 def is_active() -> bool:
     """Return whether anything records."""
     return bool(_ACTIVE.get())
+
+
+def wants_images() -> bool:
+    """Return whether anything records the fate of every patch."""
+    return any(active.record_images for active in _ACTIVE.get())
 
 
 def record_vision(reduction: VisionReduction) -> None:

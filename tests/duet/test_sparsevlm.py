@@ -8,6 +8,7 @@ import torch
 
 import duet
 from duet import DuetConfig, run_decoder
+from duet.draw import describe, patch_fates
 from duet.stage2.sparsevlm import density_peaks, raters, recycled, survivors
 from duet.tokens import TokenState
 
@@ -236,6 +237,24 @@ def test_the_trace_follows_merges(model):
     assert across and any(
         "merged into a token of another image" in fate for i in (1, 2) for fate in record.images[i].fate()
     )
+
+
+@torch.no_grad()
+def test_recycled_tokens_are_drawn(model):
+    with duet.attach(model, config("1.5")), duet.trace() as record:
+        model(**small.mixed_singles()[0])
+    image = record.images[0]
+    groups = image.recycled(4)
+    for place, tokens in groups.items():
+        assert place in image.kept_after[4] and place in tokens
+        assert all(
+            f"merged into token {place} after layer" in image.fate()[token] for token in tokens if token != place
+        )
+    fates = patch_fates(image, 4)
+    assert (fates >= 0).sum() == sum(len(tokens) for tokens in groups.values()) > len(groups) > 0
+    assert (fates == -1).sum() == 9 - len(groups)
+    assert describe(image, 4) == f"after layer 4: 9 of 36 ({9 - len(groups)} kept, 0 merged, {len(groups)} recycled)"
+    assert image.recycled(0) == {} and "recycled" not in describe(image, 0)
 
 
 def test_gradients_reach_every_merged_token(model):
