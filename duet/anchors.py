@@ -1,6 +1,6 @@
 """Merging patches into anchors, as VisionZip (arXiv 2412.04467) and the released code of DUET-VLM do.
 
-Shapes: B batch, N patches, P patches of a pool, C anchors, D width, d width of a key.
+Shapes: B batch, N patches, P patches of a pool, C anchors, O other patches of the pool, D width, d width of a key.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ from torch import Tensor
 from duet.stage1 import TowerOutput, VisionReduction, kinds
 from duet.tokens import gather_tokens
 
+MERGES = ("sum", "mean")
 
-def merge_into_anchors(tower: TowerOutput, dominant: Tensor, pool: Tensor, contextual: int) -> VisionReduction:
+
+def merge_into_anchors(
+    tower: TowerOutput, dominant: Tensor, pool: Tensor, contextual: int, merge: str = "sum"
+) -> VisionReduction:
     """Keep ``dominant`` patches, and merge ``pool`` into anchors that are spaced evenly in it.
 
     Shapes: dominant [B, K1] and pool [B, P] patch indices, the pool in the order that anchors are spaced in; returns
@@ -22,39 +26,47 @@ def merge_into_anchors(tower: TowerOutput, dominant: Tensor, pool: Tensor, conte
     batch, size = pool.shape
     contextual = min(contextual, size)
     dominant = dominant.sort(dim=1).values
-    stride = max(1, size // max(1, contextual))
-    # Numbers, not masks: a device would have to report how many marks a mask has.
-    anchor_places = torch.arange(contextual) * stride
-    other_places = torch.ones(size).scatter(0, anchor_places, 0.0).nonzero().flatten()
-    anchors, others = (pool[:, places.to(pool.device)] for places in (anchor_places, other_places))
-
+    anchors, others = split_evenly(pool, contextual)
     parts, source = [gather_tokens(patches, dominant)], [dominant]
     if tower.class_token:
         parts.insert(0, tower.features[:, :1])
         source.insert(0, dominant.new_full((batch, 1), -1))
     members = anchors.new_empty(batch, 0, 0)
     if contextual:
-        choice = _most_similar(tower.signals.key_metric()[:, first:], anchors, others)
-        parts.append(_add_means(patches, anchors, others, choice))
-        members = _cluster_members(anchors, others, choice)
+        tokens, members = join_anchors(tower, anchors, others, merge)
+        parts.append(tokens)
     kind = kinds(pool.device, class_token=first, dominant=dominant.shape[1], contextual=contextual)
     return VisionReduction(torch.cat(parts, 1), torch.cat([*source, anchors], 1), kind, members)
 
 
-def _most_similar(metric_BNd: Tensor, anchors: Tensor, others: Tensor) -> Tensor:
-    """Return for each other patch the anchor whose key has the highest cosine. Shapes: [B, C], [B, P] -> [B, P]."""
-    metric = torch.nn.functional.normalize(metric_BNd.float(), dim=-1)
-    return (gather_tokens(metric, others) @ gather_tokens(metric, anchors).transpose(1, 2)).argmax(-1)
+def split_evenly(pool_BP: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return ``count`` evenly spaced entries of the pool, from the first on, and the others. Shapes: [B, C], [B, O]."""
+    size = pool_BP.shape[1]
+    # Numbers, not masks: a device would have to report how many marks a mask has.
+    chosen = torch.arange(count) * max(1, size // max(1, count))
+    rest = torch.ones(size).scatter(0, chosen, 0.0).nonzero().flatten()
+    return pool_BP[:, chosen.to(pool_BP.device)], pool_BP[:, rest.to(pool_BP.device)]
 
 
-def _add_means(patches: Tensor, anchors: Tensor, others: Tensor, choice: Tensor) -> Tensor:
-    """Return each anchor plus the mean of the patches that chose it; alone it stays as it is. Shapes: [B, C, D]."""
-    chosen = torch.nn.functional.one_hot(choice, anchors.shape[1]).to(patches.dtype)
-    sums = chosen.transpose(1, 2) @ gather_tokens(patches, others)
-    return gather_tokens(patches, anchors) + sums / chosen.sum(1).clamp(min=1).unsqueeze(-1)
+def join_anchors(tower: TowerOutput, anchors_BC: Tensor, others_BO: Tensor, merge: str) -> tuple[Tensor, Tensor]:
+    """Let every other patch join the anchor with the most similar key.
 
+    Args:
+        tower: what the patches come from; keys are averaged over heads.
+        anchors_BC: patches that others join.
+        others_BO: patches that join.
+        merge: ``"sum"`` adds the mean of those that joined to the anchor, so that its norm about doubles; ``"mean"``
+            averages all of them. An anchor that none joins stays as it is.
 
-def _cluster_members(anchors: Tensor, others: Tensor, choice: Tensor) -> Tensor:
-    """Return [B, C, 1 + P]: the anchor, then the patches that chose it, others as -1."""
-    mine = choice.unsqueeze(1) == torch.arange(anchors.shape[1], device=anchors.device)[None, :, None]
-    return torch.cat((anchors.unsqueeze(-1), others.unsqueeze(1).where(mine, -1)), dim=-1)
+    Returns:
+        Tokens [B, C, D], and [B, C, 1 + O] patches of each: the anchor, those that joined, others as -1.
+    """
+    patches, width = tower.patches, anchors_BC.shape[1]
+    metric = torch.nn.functional.normalize(tower.signals.key_metric()[:, int(tower.class_token) :].float(), dim=-1)
+    choice = (gather_tokens(metric, others_BO) @ gather_tokens(metric, anchors_BC).transpose(1, 2)).argmax(-1)
+    chosen = torch.nn.functional.one_hot(choice, width).to(patches.dtype)
+    sums, joined = chosen.transpose(1, 2) @ gather_tokens(patches, others_BO), chosen.sum(1).unsqueeze(-1)
+    own = gather_tokens(patches, anchors_BC)
+    tokens = own + sums / joined.clamp(min=1) if merge == "sum" else (own + sums) / (joined + 1)
+    mine = choice.unsqueeze(1) == torch.arange(width, device=choice.device)[None, :, None]
+    return tokens, torch.cat((anchors_BC.unsqueeze(-1), others_BO.unsqueeze(1).where(mine, -1)), dim=-1)

@@ -22,8 +22,7 @@ from duet.config import DuetConfig
 from duet.families.passes import UnitSignals, View, plan
 from duet.grids import pooled_grid
 from duet.signals import TowerSignals, attention_rows, mean_attention, rotate
-from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction
-from duet.tokens import gather_tokens
+from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, in_raster_order
 
 if TYPE_CHECKING:
     from duet.question import Question
@@ -237,7 +236,7 @@ def _reduce_picture(
             project=lambda levels: levels[..., :width],
             question=None if question is None else question.select(torch.arange(some.start, some.stop)),
         )
-        reductions.append(_in_raster_order(VISION_REDUCERS.get(budget.stage1)(tower, budget), grid))
+        reductions.append(replace(in_raster_order(VISION_REDUCERS.get(budget.stage1)(tower, budget)), grid=grid))
     tokens = [one for reduction in reductions for one in reduction.per_image(reduction.tokens)]
     sources = [one for reduction in reductions for one in reduction.per_image(reduction.source)]
     index = torch.cat([source + frame * count for frame, source in enumerate(sources)])
@@ -289,27 +288,3 @@ def _largest_pool(tokens: int, grid: tuple[int, int]) -> int:
             return math.prod(pooled_grid(tokens, grid))
         except ValueError:
             tokens -= 1
-
-
-def _in_raster_order(reduction: VisionReduction, grid: tuple[int, int]) -> VisionReduction:
-    """Return the reduction with its tokens in the order of their units; padding stays behind them.
-
-    ``members`` has a row for every token then, empty for one that is no average.
-    """
-    source = reduction.source
-    if reduction.counts is not None:
-        padding = torch.arange(source.shape[1], device=source.device) >= reduction.counts.unsqueeze(1)
-        source = source.masked_fill(padding, math.prod(grid))
-    order = source.argsort(dim=1, stable=True)
-    kind = reduction.kind.expand_as(source)
-    members = reduction.members
-    missing = source.shape[1] - members.shape[1]
-    members = torch.nn.functional.pad(members, (0, 0, missing, 0), value=-1) if members.numel() else members
-    return replace(
-        reduction,
-        tokens=gather_tokens(reduction.tokens, order),
-        source=source.gather(1, order),
-        kind=kind.gather(1, order),
-        members=gather_tokens(members, order) if members.numel() else members,
-        grid=grid,
-    )

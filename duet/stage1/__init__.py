@@ -203,5 +203,27 @@ def keep_clusters(tokens_BKD: Tensor, belongs_BKN: Tensor) -> VisionReduction:
     )
 
 
+def in_raster_order(reduction: VisionReduction) -> VisionReduction:
+    """Return the same tokens in the order of their sources; padding stays behind them.
+
+    ``members`` has a row for every token then, empty for one that is no average.
+    """
+    source, members = reduction.source, reduction.members
+    if reduction.counts is not None:
+        padding = torch.arange(source.shape[1], device=source.device) >= reduction.counts.unsqueeze(1)
+        source = source.masked_fill(padding, torch.iinfo(source.dtype).max)
+    order = source.argsort(dim=1, stable=True)
+    missing = source.shape[1] - members.shape[1]
+    if members.numel():
+        members = gather_tokens(torch.nn.functional.pad(members, (0, 0, missing, 0), value=-1), order)
+    return replace(
+        reduction,
+        tokens=gather_tokens(reduction.tokens, order),
+        source=reduction.source.gather(1, order),
+        kind=reduction.kind.expand_as(source).gather(1, order),
+        members=members,
+    )
+
+
 VisionReducer = Callable[[TowerOutput, "DuetConfig"], VisionReduction]
 VISION_REDUCERS: Registry[VisionReducer] = Registry("vision reducer", "duet.stage1")

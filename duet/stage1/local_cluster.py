@@ -10,21 +10,37 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from duet.anchors import merge_into_anchors
-from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, class_attention, kinds
+from duet.anchors import join_anchors, merge_into_anchors, split_evenly
+from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, class_attention, in_raster_order, kinds
 from duet.tokens import gather_tokens, rank_descending, top_indices
 
 if TYPE_CHECKING:
     from duet.config import DuetConfig
 
 
-@VISION_REDUCERS.register("local_cluster")
+CHOICES = {
+    "score": ("column_mass", "class_row"),
+    "centroids": ("top", "strided"),
+    "neighbours": ("attention", "keys"),
+    "merge": ("mean", "sum"),
+    "order": ("score", "raster"),
+}
+"""What else could be chosen in Algorithm 1, the paper's choice first."""
+
+
+@VISION_REDUCERS.register("local_cluster", options=CHOICES)
 def local_cluster(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     """Keep the ``k1`` most attended patches and average ``k2`` local clusters of the rest.
 
-    ``config.variant`` chooses between the paper's Algorithm 1 and the code that its authors released.
-    Shapes: features [B, M, D]; returns K = k1 + k2 tokens. Source: Algorithm 1, Eq. (1)-(2).
+    ``config.variant`` chooses between the paper's Algorithm 1, which ``options`` vary, and the code that its authors
+    released. Shapes: features [B, M, D]; returns K = k1 + k2 tokens. Source: Algorithm 1, Eq. (1)-(2).
+
+    Raises:
+        ValueError: the released code is to be varied.
     """
+    varied = sorted(set(config.options) & set(CHOICES))
+    if config.variant == "release" and varied:
+        raise ValueError(f"variant='release' has made its choices; leave out the option(s) {', '.join(varied)}")
     return paper_clusters(tower, config) if config.variant == "paper" else released_clusters(tower, config)
 
 
@@ -34,21 +50,44 @@ def paper_clusters(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     Where the paper is silent: a centroid counts among its own ``w`` members, neighbourhoods may overlap, other
     centroids may be members, dominant tokens come out in raster order, contextual ones by descending column mass. The
     class token is not used. Where fewer than ``w`` residual patches exist, a cluster averages all of them.
+
+    Options (METHODS 5.1 lists where they come from):
+        score: rank by column mass, or by the class token's attention.
+        centroids: the best residual patches, or evenly spaced ones of the best ``w k2``.
+        neighbours: the ``w`` patches that a centroid attends to most; or every other one of the best ``w k2`` joins the
+            centroid with the most similar key, so that clusters are disjoint and ``w`` is their mean size.
+        merge: the mean of a cluster, or its centroid plus the mean of the others.
+        order: contextual tokens behind the dominant ones, or all in raster order, at their centroids.
     """
     patches = tower.patches
     dominant_count, contextual_count = int(config.dominant), int(config.contextual)
-    best = top_indices(tower.signals.column_mass(), dominant_count + contextual_count)
-    dominant = best[:, :dominant_count].sort(dim=1).values
-    centroids = best[:, dominant_count:]
-    width = min(config.cluster_width, patches.shape[1] - dominant_count)
-    members = centroids.new_empty(patches.shape[0], 0, width)
-    tokens = gather_tokens(patches, dominant)
+    by_mass = config.option("score") == "column_mass"
+    ranked = rank_descending(tower.signals.column_mass() if by_mass else class_attention(tower.signals))
+    dominant = ranked[:, :dominant_count].sort(dim=1).values
+    pool = ranked[:, dominant_count : dominant_count + config.cluster_width * contextual_count]
+    strided = config.option("centroids") == "strided"
+    centroids, others = split_evenly(pool if strided else pool[:, :contextual_count], contextual_count)
+    others = others if strided else pool[:, contextual_count:]
+    tokens, members = gather_tokens(patches, dominant), centroids.new_empty(len(patches), 0, 0)
     if contextual_count:
-        members = _attended_neighbours(tower, dominant, centroids, width)
-        clusters = gather_tokens(patches, members.flatten(1)).unflatten(1, (contextual_count, width))
-        tokens = torch.cat((tokens, clusters.mean(2).to(tokens.dtype)), dim=1)
+        if config.option("neighbours") == "keys":
+            clusters, members = join_anchors(tower, centroids, others, config.option("merge"))
+        else:
+            width = min(config.cluster_width, patches.shape[1] - dominant_count)
+            members = _attended_neighbours(tower, dominant, centroids, width)
+            clusters = _merged(gather_tokens(patches, members.flatten(1)).unflatten(1, (-1, width)), config)
+        tokens = torch.cat((tokens, clusters.to(tokens.dtype)), dim=1)
     kind = kinds(tokens.device, dominant=dominant_count, contextual=contextual_count)
-    return VisionReduction(tokens, torch.cat((dominant, centroids), dim=1), kind, members)
+    reduction = VisionReduction(tokens, torch.cat((dominant, centroids), dim=1), kind, members)
+    return reduction if config.option("order") == "score" else in_raster_order(reduction)
+
+
+def _merged(clusters_BCWD: Tensor, config: DuetConfig) -> Tensor:
+    """Return one token per cluster, whose first member is its centroid. Shapes: [B, C, D]."""
+    if config.option("merge") == "mean":
+        return clusters_BCWD.mean(2)
+    others = clusters_BCWD[:, :, 1:]
+    return clusters_BCWD[:, :, 0] + others.sum(2) / max(1, others.shape[2])
 
 
 def _attended_neighbours(tower: TowerOutput, dominant: Tensor, centroids: Tensor, width: int) -> Tensor:
