@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -36,28 +35,20 @@ def load_methods(source: str) -> None:
         ValueError: there is no such file or module, or another module has the file's name.
     """
     path = Path(source).resolve()
-    if path.suffix != ".py":
-        try:
-            importlib.import_module(source)
-        except ModuleNotFoundError as error:
-            if error.name != source.split(".")[0] and error.name != source:
-                raise
-            raise ValueError(
-                f"--import {source}: no such module; give a module's name, or a file that ends in .py"
-            ) from error
-        return
-    if not path.is_file():
+    is_file = path.suffix == ".py"
+    if is_file and not path.is_file():
         raise ValueError(f"--import {source}: no such file")
-    loaded = sys.modules.get(path.stem)
-    if loaded is not None:
-        if getattr(loaded, "__file__", None) != str(path):
-            raise ValueError(f"--import {source}: there is another module {path.stem!r} already; rename the file")
-        return
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    name = path.stem if is_file else source
+    if is_file and str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in (name, name.split(".")[0]):
+            raise
+        raise ValueError(f"--import {source}: no such module; name a module, or a file that ends in .py") from error
+    if is_file and getattr(module, "__file__", None) != str(path):
+        raise ValueError(f"--import {source}: there is another module {name!r} already; rename the file")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

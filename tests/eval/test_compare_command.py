@@ -115,11 +115,12 @@ def test_finished_runs_are_reused(compared, monkeypatch):
     assert (out / "compare.md").read_text() == before
 
 
-def test_another_comparison_takes_the_runs_that_are_there(world, compared, monkeypatch):
+def test_another_comparison_takes_the_runs_that_are_there(world, compared, tmp_path, monkeypatch):
     forbid_asking(monkeypatch)
+    shutil.copytree(compared[0], tmp_path / "copy")
     fewer = ("--methods", "duet,random", "--budgets", "12", "--seeds", "1")
-    assert main(flags(world, compared[0], *fewer, benchmarks="pope,scienceqa")) == 0
-    rows = csv_rows(compared[0] / "compare.csv")
+    assert main(flags(world, tmp_path / "copy", *fewer, benchmarks="pope,scienceqa")) == 0
+    rows = csv_rows(tmp_path / "copy" / "compare.csv")
     assert [(row["method"], row["seed"]) for row in rows] == [("full", ""), ("duet", ""), ("random", "1")]
 
 
@@ -293,3 +294,15 @@ def test_a_single_evaluation_stops_as_early(world, capsys, monkeypatch, more, me
     monkeypatch.setattr("llava.eval.__main__.load_pretrained_model", lambda *_, **__: pytest.fail("loaded weights"))
     assert evaluate(flags(world, world.folder / "none", *more)) == 1
     assert message in capsys.readouterr().err
+
+
+def test_several_processes_share_the_runs(world, compared, tmp_path):
+    some = ("--methods", "duet,random", "--budgets", "12", "--seeds", "0,1")
+    command_line = flags(world, tmp_path, *some, benchmarks="pope,scienceqa")
+    assert runner_world.in_processes(main, command_line, world=2) == [0, 0]
+    alone = {(row["method"], row["budget"], row["seed"]): row for row in csv_rows(compared[0] / "compare.csv")}
+    rows = csv_rows(tmp_path / "compare.csv")
+    assert [row["method"] for row in rows] == ["full", "duet", "random", "random"]
+    for row in rows:
+        before = alone[row["method"], row["budget"], row["seed"]]
+        assert all(row[name] == before[name] for name in ("pope", "scienceqa", "avg_percent", "prefill_flops"))
