@@ -34,6 +34,7 @@ def files(tmp_path, monkeypatch):
         for store in ("_entries", "_options"):
             monkeypatch.setattr(registry, store, dict(getattr(registry, store)))
     methods = dict(METHODS)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     yield [str(_written(tmp_path / f"{name}.py", [code for of, code in found if of == name])) for name in NAMES]
     METHODS.clear()
     METHODS.update(methods)

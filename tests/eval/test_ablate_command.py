@@ -172,7 +172,8 @@ def test_the_commands_are_listed_and_found(capsys):
         assert stopped.value.code == 0, name
 
 
-def test_files_and_modules_can_be_imported_first(tmp_path, capsys):
+def test_files_and_modules_can_be_imported_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
     file = tmp_path / "mine_for_cli.py"
     file.write_text("import sys\nsys.modules['llava'].mark_of_a_test = 1\n")
     assert cli.main(["--import", str(file), "--import", "json", "--help"]) == 0
