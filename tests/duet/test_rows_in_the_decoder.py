@@ -87,6 +87,32 @@ def test_the_whole_budget_changes_nothing(model, calibration, name):
         assert torch.equal(model(**single).logits, plain)
 
 
+EDGES = {
+    "image at the end": small.prompt(5, 1, 0, 4)[:-1],
+    "image at the start": small.prompt(0, 1, 6, 5)[1:],
+    "one word": small.prompt(0, 1, 1, 6),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@torch.no_grad()
+def test_odd_prompts(model, calibration, name):
+    config = configured(name, calibration)
+    ids, mask = small.pad(list(EDGES.values()), "left")
+    with duet.attach(model, config), duet.trace() as record:
+        together = model(input_ids=ids, attention_mask=mask, pixel_values=small.pixels(len(EDGES))).logits
+        for row, single in enumerate(EDGES.values()):
+            alone = model(
+                input_ids=torch.tensor([single]), pixel_values=small.pixels(len(EDGES))[row : row + 1]
+            ).logits[0]
+            assert alone.isfinite().all() and torch.allclose(together[row, -len(alone) :], alone, atol=1e-5)
+    if METHODS[name].solve != "published":
+        planned = config.tokens_per_layer(small.PATCHES, small.LAYERS)
+        assert [segment.visual for segment in record.passes[0]] == [
+            [planned[s.start]] * len(EDGES) for s in record.passes[0]
+        ]
+
+
 def test_ties_go_to_the_lower_index():
     visual = torch.tensor([[False, True, True, True, False], [False, False, True, True, True]])
     score = torch.tensor([[9.0, 1.0, 1.0, 1.0, 9.0], [9.0, 9.0, 1.0, 2.0, 1.0]])

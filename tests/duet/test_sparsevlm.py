@@ -9,7 +9,7 @@ import torch
 import duet
 from duet import DuetConfig, run_decoder
 from duet.draw import describe, patch_fates
-from duet.stage2.sparsevlm import density_peaks, raters, recycled, survivors
+from duet.stage2.sparsevlm import _adaptive, density_peaks, raters, recycled, survivors
 from duet.tokens import TokenState
 
 SCHEDULE = {2: 20.5 / 36, 4: 9.5 / 36}
@@ -202,6 +202,15 @@ def test_adaptive_counts_at_their_limits(model, options, left):
     with duet.attach(model, settings), duet.trace() as record:
         model(**small.mixed_singles()[0])
     assert record.passes[0][-1].visual == [left]
+
+
+def test_a_rank_of_zero_leaves_the_bias():
+    settings = DuetConfig(stage2="sparsevlm", options={"scale": 9.0, "bias": 6.0})
+    assert _adaptive(50, 0, settings, recycle=False) == 6 and _adaptive(50, 0, settings, recycle=True) == 6 + recycled(
+        44
+    )
+    assert _adaptive(50, 2, settings, recycle=False) == 24 and _adaptive(50, 9, settings, recycle=False) == 49
+    assert _adaptive(9, 9, settings, recycle=True) == 9  # as many ratings as tokens: the layer is skipped
 
 
 @pytest.mark.parametrize("version", VERSIONS)
