@@ -57,11 +57,12 @@ class ReductionArguments:
         """Return the flags that were given."""
         return {item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) is not None}
 
-    def to_config(self, default: DuetConfig | None = None) -> DuetConfig | None:
+    def to_config(self, default: DuetConfig | None = None, preset: str = _PRESET) -> DuetConfig | None:
         """Combine the flags with what the checkpoint says.
 
         Args:
             default: The checkpoint's reduction, or None.
+            preset: Whose budgets `duet_tokens` names.
 
         Returns:
             The reduction, or None for none. With no flag given this is `default`. `duet_tokens` starts from the paper's
@@ -86,7 +87,7 @@ class ReductionArguments:
             default = read_config(given.pop("reduction_config"))
         overrides = self._overrides(given)
         if tokens is not None:
-            return DuetConfig.preset(_PRESET, tokens=tokens, **overrides)
+            return DuetConfig.preset(preset, tokens=tokens, **overrides)
         base = DuetConfig(depth=_PAPER_DEPTH) if default is None else default
         return replace(base, **(overrides | {"options": _merged_options(base, overrides)}))
 

@@ -225,11 +225,12 @@ class RunArguments:
         }
 
 
-def parse_arguments(argv: list[str] | None = None) -> RunArguments:
+def parse_arguments(argv: list[str] | None = None, groups: Any = None) -> RunArguments:
     """Read a command line in LLaVA's or DUET's spelling.
 
     Args:
         argv: without the program's name; default `sys.argv[1:]`.
+        groups: classes of the model's, the data's, the training's and the reduction's flags; default: those above.
 
     Returns:
         The flags, by group.
@@ -238,7 +239,7 @@ def parse_arguments(argv: list[str] | None = None) -> RunArguments:
         ValueError: an unknown flag, or a value that is not allowed.
     """
     argv, notices = normalise_argv(list(sys.argv[1:] if argv is None else argv))
-    groups: Any = (ModelArguments, DataArguments, TrainingArguments, ReductionArguments)
+    groups = groups or (ModelArguments, DataArguments, TrainingArguments, ReductionArguments)
     parser = transformers.HfArgumentParser(groups, allow_abbrev=False)
     _, rest = parser.parse_known_args(argv)
     if rest:

@@ -52,7 +52,10 @@ class LazySupervisedDataset(Dataset):
         list_data_dict: The records.
         origins: For every record the file and index that it was read from.
         bad_samples: List of the records that turned out bad, shared with data-loader workers.
+        videos: Whether records may have videos.
     """
+
+    videos = False
 
     def __init__(self, data_path: Any, tokenizer: Any, data_args: Any):
         super().__init__()

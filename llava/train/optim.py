@@ -13,12 +13,17 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("mm_projector", "vision_tower")
+PARTS = {
+    "mm_projector": ("mm_projector", "multi_modal_projector", "merger", "deepstack_merger_list"),
+    "vision_tower": ("vision_tower", "image_tower", "video_tower", "visual"),
+}
+"""What each part is called in LLaVA and in transformers; a projector inside of a tower is a projector."""
 
 
 def part_of(name: str) -> str:
     """Which part of the model a parameter belongs to: `mm_projector`, `vision_tower` or `language`."""
-    return next((part for part in PARTS if part in name.split(".")), "language")
+    keys = set(name.split("."))
+    return next((part for part, names in PARTS.items() if keys & set(names)), "language")
 
 
 def numel(parameter: nn.Parameter) -> int:

@@ -76,6 +76,7 @@ def scan(
     decode: bool = False,
     workers: int = 8,
     extra_check: Callable[[Any], None] | None = None,
+    videos: bool = False,
 ) -> Report:
     """Check every record: types, roles, answers, image marks, and the pictures.
 
@@ -88,6 +89,7 @@ def scan(
         decode: Read every pixel (finds truncated files) instead of the headers only.
         workers: Threads that open pictures.
         extra_check: Further check of a record that is good so far; raises ``BadSampleError``.
+        videos: Whether the model takes videos; their files are the business of ``extra_check``.
 
     Returns:
         The report. Each picture is opened once, however many records use it.
@@ -96,7 +98,7 @@ def scan(
     users: dict[str, list[int]] = {}
     for position, record in enumerate(records):
         try:
-            check_record(record, multimodal)
+            check_record(record, multimodal, videos)
             if extra_check is not None:
                 extra_check(record)
         except BadSampleError as error:

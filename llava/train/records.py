@@ -1,7 +1,7 @@
 """Read annotation files and say precisely what is wrong with a record.
 
 A record is ``{"id": ..., "image": ..., "conversations": [{"from": "human", "value": ...}, ...]}``; ``image`` is a path,
-a list of paths, or absent.
+a list of paths, or absent. Models that take videos have ``video`` in the same way.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Record = dict[str, Any]
 Turn = dict[str, str]
 
 ROLES = ("human", "gpt")
+DEFAULT_VIDEO_TOKEN = "<video>"
 
 
 class Origin(NamedTuple):
@@ -85,7 +86,16 @@ def record_id(record: Any) -> str:
 
 def images_of(record: Record) -> list[str]:
     """The picture names of a record, in order; empty for a text-only record."""
-    names = record.get("image")
+    return _names(record, "image")
+
+
+def videos_of(record: Record) -> list[str]:
+    """The video names of a record, in order."""
+    return _names(record, "video")
+
+
+def _names(record: Record, key: str) -> list[str]:
+    names = record.get(key)
     if names is None:
         return []
     return list(names) if isinstance(names, (list, tuple)) else [names]
@@ -123,27 +133,30 @@ def check_turns(turns: Sequence[Turn]) -> None:
         raise BadSampleError("there is no question with an answer; a record needs a human and a gpt turn", "no answer")
 
 
-def check_record(record: Any, multimodal: bool = True) -> None:
+def check_record(record: Any, multimodal: bool = True, videos: bool = False) -> None:
     """Check everything that can be seen without opening a picture.
 
     Args:
         record: What the annotation file holds.
         multimodal: False for a run without a vision tower, where ``<image>`` is plain text.
+        videos: Whether the model takes videos.
 
     Raises:
         BadSampleError: With the first thing that is wrong.
     """
-    _check_types(record)
+    _check_types(record, videos)
     _, turns = split_system(record["conversations"])
     check_turns(turns)
     if multimodal:
         _check_image_marks(images_of(record), turns)
+    if videos:
+        _check_video_marks(videos_of(record), turns)
 
 
-def _check_types(record: Any) -> None:
+def _check_types(record: Any, videos: bool) -> None:
     if not isinstance(record, dict):
         raise BadSampleError(f"a record must be a JSON object, this is a {type(record).__name__}", "wrong type")
-    if "video" in record:
+    if "video" in record and not videos:
         raise BadSampleError("the record has a 'video'; videos are not supported, use pictures", "video")
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
@@ -157,10 +170,11 @@ def _check_types(record: Any) -> None:
             raise BadSampleError(
                 f"turn {index} must be an object with the texts 'from' and 'value', got {_short(turn)}", "wrong type"
             )
-    names = record.get("image")
-    entries = names if isinstance(names, list) else [names]
-    if names is not None and not all(isinstance(name, str) and name for name in entries):
-        raise BadSampleError(f"'image' must be a path or a list of paths, got {_short(names)}", "wrong type")
+    for key in ("image", "video"):
+        names = record.get(key)
+        entries = names if isinstance(names, list) else [names]
+        if names is not None and not all(isinstance(name, str) and name for name in entries):
+            raise BadSampleError(f"{key!r} must be a path or a list of paths, got {_short(names)}", "wrong type")
 
 
 def _check_image_marks(images: list[str], turns: Sequence[Turn]) -> None:
@@ -173,6 +187,17 @@ def _check_image_marks(images: list[str], turns: Sequence[Turn]) -> None:
             f"{relation} {DEFAULT_IMAGE_TOKEN} marks than images: {marks} for {len(images)}; "
             "write one mark for each image, in the images' order",
             f"{relation} marks than images",
+        )
+
+
+def _check_video_marks(videos: list[str], turns: Sequence[Turn]) -> None:
+    marks = sum(turn["value"].count(DEFAULT_VIDEO_TOKEN) for turn in turns if turn["from"] == "human")
+    if marks != len(videos):
+        relation = "more" if marks > len(videos) else "fewer"
+        raise BadSampleError(
+            f"{relation} {DEFAULT_VIDEO_TOKEN} marks than videos: {marks} for {len(videos)}; "
+            "write one mark for each video, in the videos' order",
+            f"{relation} marks than videos",
         )
 
 

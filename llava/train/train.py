@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,7 @@ def check_data(args: RunArguments, dataset: LazySupervisedDataset) -> None:
             images=args.data.scan_images != "none",
             decode=args.data.scan_images == "decode",
             extra_check=dataset.check_fit,
+            videos=dataset.videos,
         )
         check_labels(dataset, report)
     box = [report]
@@ -248,7 +250,14 @@ def mark_zero3_leaves(training: TrainingArguments, model: Any) -> None:
         set_z3_leaf_modules(model, [CLIPVisionTower])
 
 
-def fit(args: RunArguments, model: Any, tokenizer: Any, data: dict[str, Any], stop: StopSignal) -> bool:
+def fit(
+    args: RunArguments,
+    model: Any,
+    tokenizer: Any,
+    data: dict[str, Any],
+    stop: StopSignal,
+    make: Callable[..., LLaVATrainer] = make_trainer,
+) -> bool:
     """Train from the last complete checkpoint or from the start, and save the result.
 
     Returns:
@@ -256,7 +265,7 @@ def fit(args: RunArguments, model: Any, tokenizer: Any, data: dict[str, Any], st
     """
     training = args.training
     check_output(args, model, tokenizer)
-    trainer = make_trainer(args, model, tokenizer, data, stop)
+    trainer = make(args, model, tokenizer, data, stop)
     resume = checkpoints.resolve_resume(training.output_dir, training.resume_from_checkpoint)
     if resume is not None:
         logger.info("resuming from %s", resume)
