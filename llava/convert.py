@@ -17,13 +17,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+)
 
+from llava.conversation import Conversation, SeparatorStyle, conv_templates
+from llava.eval.run_llava import choose_template
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoints import projector_state, read_projector_file, to_hf_key, to_hub_key
+from llava.model.checkpoints import newline_state, projector_state, read_projector_file, to_hf_key, to_hub_key
 from llava.model.hf_layout import config_to_hf, drop_added_tokens, padded_vocabulary
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+_IMAGES = (
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+)
+_TEXT = (
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}"
+)
 # How the published llava-1.5 processors write a conversation; one <image> per picture, which the processor repeats.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -33,6 +47,29 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+
+
+# The same for LLaVA-1.6's other language models: Mistral's instructions, and ChatML.
+_INSTRUCT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    f"{{{{ '[INST] ' }}}}{_IMAGES}{_TEXT}{{{{ ' [/INST]' }}}}"
+    f"{{% elif message['role'] == 'assistant' %}}{{{{ ' ' }}}}{_TEXT}{{{{ ' </s>' }}}}{{% endif %}}{{% endfor %}}"
+)
+_CHATML_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ SYSTEM + '<|im_end|>' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    f"{_IMAGES}{_TEXT}{{{{ '<|im_end|>' }}}}{{% endfor %}}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def chat_template(conversation: Conversation) -> str:
+    """Return the Jinja template with which a Hugging Face processor writes a model's conversations."""
+    if conversation.sep_style is SeparatorStyle.LLAMA_2 and not conversation.system:
+        return _INSTRUCT_TEMPLATE
+    if conversation.sep_style is SeparatorStyle.MPT:
+        return _CHATML_TEMPLATE.replace("SYSTEM", repr(conversation.system))
+    return CHAT_TEMPLATE
 
 
 def convert(source: str, target: str, out: str, base: str | None = None) -> None:
@@ -51,13 +88,13 @@ def convert(source: str, target: str, out: str, base: str | None = None) -> None
         raise ValueError(f"unknown layout {target!r}; use 'llava' or 'hf'")
     if os.path.exists(os.path.join(out, "config.json")):
         raise ValueError(f"{out} already holds a model; give another folder")
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        source, base, os.path.basename(os.path.normpath(source)), device="cpu", torch_dtype="auto"
-    )
+    name = os.path.basename(os.path.normpath(source))
+    tokenizer, model, image_processor, _ = load_pretrained_model(source, base, name, device="cpu", torch_dtype="auto")
     if image_processor is None:
         raise ValueError(f"{source} is a plain language model; there is no vision part to convert")
     if target == "hf":
-        write_hf(model, tokenizer, image_processor, out)
+        template = choose_template(name, model.config)
+        write_hf(model, tokenizer, image_processor, out, chat_template(conv_templates[template]))
         return
     model.save_pretrained(out)
     tokenizer.chat_template = None
@@ -65,14 +102,15 @@ def convert(source: str, target: str, out: str, base: str | None = None) -> None
     drop_added_tokens(out, model.config.vocab_size)
 
 
-def write_hf(model, tokenizer, image_processor, out: str) -> None:
-    """Write a model as a llava-hf folder, processor included.
+def write_hf(model, tokenizer, image_processor, out: str, template: str = CHAT_TEMPLATE) -> None:
+    """Write a model as a llava-hf folder, processor included: LLaVA-1.5's layout, or LLaVA-1.6's if it has tiles.
 
     Args:
         model: One of our models.
         tokenizer: Its tokenizer; `<image>` and `<pad>` are added to it.
         image_processor: The tower's.
         out: Folder.
+        template: The processor's chat template.
 
     Raises:
         ValueError: The projector or tiling has no counterpart there.
@@ -81,8 +119,9 @@ def write_hf(model, tokenizer, image_processor, out: str) -> None:
     image_id, pad_id = vocabulary, vocabulary + 1
     config: Any = config_to_hf(model.config, image_id, pad_id, padded_vocabulary(vocabulary + 2))
     state = hf_state(model.state_dict(), config.text_config.vocab_size)
+    tiled = config.model_type == "llava_next"
     with torch.device("meta"):
-        exported = LlavaForConditionalGeneration(config)
+        exported: Any = (LlavaNextForConditionalGeneration if tiled else LlavaForConditionalGeneration)(config)
     exported.load_state_dict(state, strict=False, assign=True)
     _check_complete(exported, state)
     exported.to(model.dtype)
@@ -91,7 +130,8 @@ def write_hf(model, tokenizer, image_processor, out: str) -> None:
     # The hub's names, which every version of transformers reads.
     hub = {to_hub_key(key): tensor for key, tensor in exported.state_dict().items()}
     exported.save_pretrained(out, state_dict=hub, save_original_format=False)
-    _write_processor(model.config, tokenizer, image_processor, (image_id, pad_id), out)
+    add_hf_tokens(tokenizer, (image_id, pad_id))
+    make_processor(config, tokenizer, image_processor, template).save_pretrained(out)
 
 
 def hf_state(state: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
@@ -119,7 +159,12 @@ def _check_complete(exported, state: dict[str, Tensor]) -> None:
     exported.tie_weights()
 
 
-def _write_processor(config, tokenizer, image_processor: CLIPImageProcessorPil, ids: tuple[int, int], out: str) -> None:
+def add_hf_tokens(tokenizer, ids: tuple[int, int]) -> None:
+    """Add `<image>` and `<pad>` to a tokenizer, behind the vocabulary.
+
+    Raises:
+        ValueError: They do not get these ids.
+    """
     added = {token: index for token, index in tokenizer.get_added_vocab().items() if index >= ids[0]}
     if added and added != dict(zip((IMAGE_TOKEN, PAD_TOKEN), ids, strict=True)):
         raise ValueError(
@@ -131,25 +176,49 @@ def _write_processor(config, tokenizer, image_processor: CLIPImageProcessorPil, 
     if tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, PAD_TOKEN]) != list(ids):
         raise ValueError(f"the tokenizer has {len(tokenizer) - 2} tokens, the embedding {ids[0]} rows; they must agree")
     tokenizer.padding_side = "left"
-    processor = LlavaProcessor(
-        image_processor=image_processor,
+
+
+def make_processor(config, tokenizer, image_processor: CLIPImageProcessorPil, template: str) -> Any:
+    """Put a Hugging Face processor together.
+
+    Args:
+        config: llava-hf's config.
+        tokenizer: Has `<image>` and `<pad>`.
+        image_processor: The tower's; a model with tiles gets one that cuts them.
+        template: Chat template.
+    """
+    tiled = config.model_type == "llava_next"
+    return (LlavaNextProcessor if tiled else LlavaProcessor)(
+        image_processor=tiling_processor(image_processor, config.image_grid_pinpoints) if tiled else image_processor,
         tokenizer=tokenizer,
-        patch_size=config.mm_vision_config.get("patch_size", 32),
-        vision_feature_select_strategy="full"
-        if getattr(config, "mm_vision_select_feature", None) == "cls_patch"
-        else "default",
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
     )
-    processor.save_pretrained(out)
+
+
+def tiling_processor(image_processor: CLIPImageProcessorPil, pinpoints: list) -> Any:
+    """LLaVA-1.6's image processor around the settings of the tower's.
+
+    Args:
+        image_processor: The tower's.
+        pinpoints: Candidate (height, width) of the joined tiles.
+    """
+    from transformers import LlavaNextImageProcessorPil
+
+    names = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor")
+    return LlavaNextImageProcessorPil(
+        **{name: getattr(image_processor, name) for name in names}, image_grid_pinpoints=pinpoints
+    )
 
 
 def extract_projector(source: str, out: str) -> int:
-    """Write the projector of a checkpoint to a file of its own.
+    """Write the projector of a checkpoint to a file of its own, with `image_newline` if there is one.
 
     Args:
         source: A folder with model weights, LoRA remains or a projector; or a file.
-        out: A .safetensors or .bin file. Keys are LLaVA's, `model.mm_projector.*`.
+        out: A .safetensors or .bin file. Keys are LLaVA's, `model.mm_projector.*` and `model.image_newline`.
 
     Returns:
         How many tensors were written.
@@ -158,8 +227,12 @@ def extract_projector(source: str, out: str) -> int:
         FileNotFoundError: No weights at the source.
         ValueError: No projector in them.
     """
-    state = projector_state(read_projector_file(source), source)
+    tensors = read_projector_file(source)
+    state = projector_state(tensors, source)
     named = {f"model.mm_projector.{key}": tensor.contiguous() for key, tensor in state.items()}
+    newline = newline_state(tensors)
+    if newline is not None:
+        named["model.image_newline"] = newline.contiguous()
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     if out.endswith(".bin"):
         torch.save(named, out)

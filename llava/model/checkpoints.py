@@ -56,7 +56,7 @@ def to_own_key(key: str) -> str:
 
 
 def to_hf_key(key: str) -> str:
-    """Name of one of our keys in transformers 5's `LlavaForConditionalGeneration`.
+    """Name of one of our keys in transformers 5's `LlavaForConditionalGeneration` or `LlavaNextForConditional...`.
 
     Raises:
         ValueError: The key has no place there (a projector that is not `mlp2x_gelu`, an unknown part).
@@ -67,6 +67,7 @@ def to_hf_key(key: str) -> str:
         (_OLD_TOWER, "model.vision_tower."),
         (_NEW_TOWER, "model.vision_tower."),
         ("lm_head.", "lm_head."),
+        ("model.image_newline", "model.image_newline"),
     ):
         if key.startswith(own):
             return other + key[len(own) :]
@@ -82,6 +83,7 @@ def to_hub_key(key: str) -> str:
         ("lm_head.", "language_model.lm_head."),
         ("model.vision_tower.", "vision_tower.vision_model."),
         ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("model.image_newline", "image_newline"),
     ):
         if key.startswith(memory):
             return hub + key[len(memory) :]

@@ -6,15 +6,18 @@ import json
 import os
 from typing import Any
 
-from transformers import CLIPVisionConfig, LlavaConfig
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaNextConfig
 from transformers.utils import logging
 
+from llava.mm_utils import read_pinpoints
 from llava.model.multimodal_encoder.clip_encoder import KNOWN_GEOMETRY
 
 logger = logging.get_logger(__name__)
 
 # Backbone of a llava-hf checkpoint -> our model type.
 _BACKBONES = {"llama": "llava_llama", "mistral": "llava_mistral"}
+# model_type of a llava-hf checkpoint -> its config class: LLaVA-1.5, and LLaVA-1.6 with its tiles.
+_KINDS: dict[str, Any] = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
 # Our keys travel inside an exported config.json, so that a round trip loses nothing; transformers ignores them.
 _CARRIED = (
     "duet",
@@ -41,12 +44,12 @@ def hf_model_type(raw: dict) -> str:
     """Our model type for a llava-hf config.
 
     Raises:
-        ValueError: Another family (LLaVA-NeXT, video) or another backbone.
+        ValueError: Another family (OneVision, video) or another backbone.
     """
-    if raw.get("model_type") != "llava":
+    if raw.get("model_type") not in _KINDS:
         raise ValueError(
-            f"model_type {raw.get('model_type')!r} is not supported yet; of the llava-hf models only 'llava' "
-            "(LLaVA-1.5) is"
+            f"model_type {raw.get('model_type')!r} is not supported here; of the llava-hf models 'llava' (LLaVA-1.5) "
+            "and 'llava_next' (LLaVA-1.6) are. duet.attach takes others as they are"
         )
     backbone = raw["text_config"].get("model_type", "llama")
     if backbone not in _BACKBONES:
@@ -78,7 +81,9 @@ def config_from_hf(raw: dict, path: str, expected: str) -> dict:
     kind = hf_model_type(raw)
     if kind != expected:
         raise ValueError(f"{path} has a {kind.removeprefix('llava_')} backbone; load it with the {kind} class")
-    full: Any = LlavaConfig.from_dict({key: value for key, value in raw.items() if key != "quantization_config"})
+    tiled = raw["model_type"] == "llava_next"
+    kept = {key: value for key, value in raw.items() if key != "quantization_config"}
+    full: Any = _KINDS[raw["model_type"]].from_dict(kept)
     if full.projector_hidden_act != "gelu" or not getattr(full, "multimodal_projector_bias", True):
         raise ValueError(f"{path}: only projectors with gelu and biases are supported, as in LLaVA-1.5")
     if not isinstance(full.vision_feature_layer, int):
@@ -108,7 +113,41 @@ def config_from_hf(raw: dict, path: str, expected: str) -> dict:
         "use_mm_proj": True,
         "image_aspect_ratio": "pad",
     }
-    return own | {key: raw[key] for key in _CARRIED if key in raw}
+    own |= {key: raw[key] for key in _CARRIED if key in raw}
+    return own | (_tiling_from_hf(full, raw) if tiled else {})
+
+
+def _tiling_from_hf(full: Any, raw: dict) -> dict:
+    """Our keys for how a LLaVA-1.6 model of llava-hf cuts pictures into tiles."""
+    return {
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": [[width, height] for height, width in full.image_grid_pinpoints],
+        "mm_unpad_rounded": raw.get("mm_unpad_rounded", True),
+    }
+
+
+def _tiling_to_hf(config) -> dict:
+    """llava-hf's keys for the same; empty for a model without tiles.
+
+    Raises:
+        ValueError: Tiles that llava-hf's models cannot lay out this way.
+    """
+    merge = getattr(config, "mm_patch_merge_type", None) or "flat"
+    tiled = getattr(config, "image_aspect_ratio", None) == "anyres"
+    if merge == "flat" and not tiled:
+        return {}
+    if merge != "spatial_unpad" or not tiled:
+        raise ValueError(
+            "llava-hf knows pictures in one piece (LLaVA-1.5) and image_aspect_ratio 'anyres' with mm_patch_merge_type "
+            f"'spatial_unpad' (LLaVA-1.6), but this model has {getattr(config, 'image_aspect_ratio', None)!r} with "
+            f"{merge!r}"
+        )
+    points = read_pinpoints(config.image_grid_pinpoints)
+    return {
+        "image_grid_pinpoints": [[height, width] for width, height in points],
+        "mm_unpad_rounded": bool(getattr(config, "mm_unpad_rounded", False)),
+    }
 
 
 def _tower_name(vision: CLIPVisionConfig, path: str) -> str:
@@ -119,7 +158,7 @@ def _tower_name(vision: CLIPVisionConfig, path: str) -> str:
 
 
 def config_to_hf(config, image_token: int, pad_token: int, rows: int) -> Any:
-    """Translate our config to llava-hf's.
+    """Translate our config to llava-hf's: `LlavaConfig`, or `LlavaNextConfig` for a model with tiles.
 
     Args:
         config: Our config; its `mm_vision_config` must be there.
@@ -132,8 +171,7 @@ def config_to_hf(config, image_token: int, pad_token: int, rows: int) -> Any:
     """
     if config.mm_projector_type != "mlp2x_gelu":
         raise ValueError(f"llava-hf knows the mlp2x_gelu projector only, this model has {config.mm_projector_type!r}")
-    if (getattr(config, "mm_patch_merge_type", None) or "flat") != "flat":
-        raise ValueError("export of LLaVA-1.6 models (mm_patch_merge_type other than 'flat') is not supported yet")
+    tiling = _tiling_to_hf(config)
     text = config.to_dict()
     backbone = next(host for host, own in _BACKBONES.items() if own == config.model_type)
     dropped = (
@@ -145,6 +183,7 @@ def config_to_hf(config, image_token: int, pad_token: int, rows: int) -> Any:
         "torch_dtype",
         "use_mm_proj",
     )
+    kind = "llava_next" if tiling else "llava"
     carried = {key: text.pop(key) for key in _CARRIED if key in text}
     text = {key: value for key, value in text.items() if key not in dropped and not key.startswith("mm_")}
     vision: Any = CLIPVisionConfig.from_dict(dict(config.mm_vision_config))
@@ -161,7 +200,7 @@ def config_to_hf(config, image_token: int, pad_token: int, rows: int) -> Any:
         "pad_token_id": pad_token,
         "tie_word_embeddings": config.tie_word_embeddings,
     }
-    return LlavaConfig(**(values | carried))
+    return _KINDS[kind](**(values | carried | tiling))
 
 
 def padded_vocabulary(tokens: int) -> int:

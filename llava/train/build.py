@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, set_seed
 
 from llava import conversation as conversation_lib
+from llava.model.hf_layout import hf_model_type, is_hf_llava
 from llava.model.language_model.causal_lm import clean_generation_config
 from llava.tokenization import load_tokenizer
 from llava.train.arguments import RunArguments
@@ -40,7 +41,8 @@ def model_class(path: str, cache_dir: str | None, multimodal: bool) -> Any:
     """
     if not multimodal:
         return AutoModelForCausalLM
-    kind = PreTrainedConfig.get_config_dict(path, cache_dir=cache_dir)[0].get("model_type", "")
+    raw = PreTrainedConfig.get_config_dict(path, cache_dir=cache_dir)[0]
+    kind = hf_model_type(raw) if is_hf_llava(raw) else raw.get("model_type", "")
     if "mpt" in kind:
         raise ValueError(f"{path} is an MPT model; MPT backbones are not supported, use a Llama or Mistral one")
     if "mistral" in kind:
