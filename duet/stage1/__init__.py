@@ -10,6 +10,7 @@ Attributes of a reducer that say more, all False unless set:
     shares_tiles: it may share a budget between the passes of one picture, by ``TowerOutput.tiles``.
     reads_question: it gets ``TowerOutput.question``.
     reads_next_block: it calls ``TowerOutput.next_signals``.
+    reads_projection: it calls ``TowerOutput.project``, so its choice changes while a projector learns.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ class CDPruner:
     """
 
     reads_question = True
+    reads_projection = True
 
     def __call__(self, tower: TowerOutput, config: DuetConfig) -> VisionReduction:
         """Return K = ``config.entering`` patches in raster order. Shapes: features [B, M, D]."""

@@ -15,15 +15,22 @@ if TYPE_CHECKING:
 _BLOCK = 256  # rows of the similarity matrix held at once, for the first pick
 
 
-@VISION_REDUCERS.register("divprune")
-def divprune(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
+class DivPrune:
     """Keep tokens greedily: first the one farthest from its nearest neighbour, then the one farthest from those kept.
 
     Distance is one minus the cosine of projected tokens (of tower features where no projector is known). Memory is
     O(N) per image: distances to the kept set are updated by one matrix-vector product per pick.
     Source: DivPrune Algorithm 1; ties go to the lower index.
     """
-    return keep_patches(tower, farthest_subset(tower, config.entering))
+
+    reads_projection = True
+
+    def __call__(self, tower: TowerOutput, config: DuetConfig) -> VisionReduction:
+        """Reduce the tower's patches."""
+        return keep_patches(tower, farthest_subset(tower, config.entering))
+
+
+VISION_REDUCERS.register("divprune")(DivPrune())
 
 
 @torch.no_grad()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
+from duet import DuetConfig, tracing
 from duet.families.anyres import reduce_pictures
 from duet.vision import encode_vision
+from llava.model.checkpoints import is_partitioned
+from llava.model.multimodal_encoder.feature_cache import FeatureCache, why_not
 from llava.model.paths import resolve_path
 
 # Geometry of the two towers that LLaVA checkpoints name, so that a checkpoint which brings its own tower weights can
@@ -80,6 +84,7 @@ class CLIPVisionTower(nn.Module):
         self._path = resolve_path(vision_tower, args)
         self._checkpoint = getattr(args, "_name_or_path", "") or ""
         self._image_processor = None
+        self.feature_cache: FeatureCache | None = None
         self.register_load_state_dict_pre_hook(_drop_old_level)
         self.vision_tower: Any = None
         if delay_load:
@@ -164,6 +169,10 @@ class CLIPVisionTower(nn.Module):
             if isinstance(images, list):
                 encoded = [self._encode(image.unsqueeze(0), config=reduction, project=project) for image in images]
                 return [one if isinstance(one, Tensor) else one[0].unsqueeze(0) for one in encoded]
+            if self.feature_cache is not None and tiles is None and layouts is None and not tracing.wants_images():
+                return self.feature_cache.encode(
+                    images, reduction, partial(self._encode, config=reduction), together=is_partitioned(self)
+                )
             if layouts is not None:
                 return self._encode_tiled(images, reduction, project, question, layouts)
             return self._encode(images, config=reduction, project=project, question=question, tiles=tiles)
@@ -187,6 +196,22 @@ class CLIPVisionTower(nn.Module):
             drop_class=self.select_feature == "patch", project=project, question=question,
         )  # fmt: skip
         return [tokens.to(images.dtype) for tokens in reduced.all_tokens([layout.passes for layout in layouts])]
+
+    def keep_features(self, folder: str, reduction: DuetConfig | None) -> None:
+        """Keep what the tower makes of a picture on disk, and read it from there the next time.
+
+        Args:
+            folder: where the features lie.
+            reduction: the reduction that will be in force.
+
+        Raises:
+            ValueError: the features depend on more than the picture; the message says on what.
+        """
+        reason = why_not(self, reduction)
+        if reason is not None:
+            raise ValueError(f"--feature_cache {folder} cannot be used: {reason}")
+        further = {"layer": self.select_layer, "feature": self.select_feature, "device": self.device.type}
+        self.feature_cache = FeatureCache(folder, self.vision_tower, further)
 
     @property
     def dummy_feature(self) -> Tensor:
