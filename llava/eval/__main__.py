@@ -71,7 +71,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, model_help: str = "checkp
     parser.add_argument("--limit", type=int, default=None, help="ask only the first so many questions; no score")
     parser.add_argument(
         "--limit-pictures", type=int, default=None, metavar="N",
-        help="ask and score questions about N pictures only, spread evenly (tiny and pope)",
+        help="ask and score questions about N pictures only, spread evenly",
     )  # fmt: skip
     parser.add_argument("--conv-mode", default=None, help="template (default: the model's own, else vicuna_v1)")
     parser.add_argument("--device", default="cuda", help="cuda (NVIDIA and AMD) or cpu")

@@ -9,8 +9,6 @@ from transformers import CLIPImageProcessorPil
 
 from llava.eval.tasks import TASKS, Answer, BadEvalData
 from llava.eval.tasks.base import part_of
-from llava.eval.tasks.gqa import Gqa
-from llava.eval.tasks.pope import Pope
 from llava.tokenization import load_tokenizer
 from playground.tiny import evaluate, export_eval
 from playground.tiny.questions import KINDS
@@ -87,14 +85,6 @@ def test_a_part_is_scored_by_itself_and_says_so(root):
     assert f"{len(questions)} questions about 2 pictures, not all" in score.notes
     assert part_of(TASKS.get("tiny"), 99).questions(root) == whole.questions(root)
     assert whole.pictures is None
-
-
-def test_what_cannot_be_asked_in_part():
-    assert part_of(Pope, 3).pictures == 3
-    with pytest.raises(ValueError, match="gqa is scored over all its pictures only; leave --limit-pictures out"):
-        part_of(Gqa, 3)
-    with pytest.raises(ValueError, match="at least 1"):
-        part_of(Pope, 0)
 
 
 def test_bad_records_are_named(tmp_path):

@@ -10,13 +10,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from PIL import Image
 
 # What LLaVA's prompts end with. Benchmarks are sensitive to every character of them.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
+
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class BadEvalData(ValueError):
@@ -108,8 +112,7 @@ class Task(ABC):
         folder: its place below the evaluation root (`playground/data/eval`).
         max_new_tokens: as in LLaVA's script for it.
         video: whether `Question.visuals` is a video, to be read as frames.
-        partial: whether it can be asked and scored on some of its pictures only, see `part_of`.
-        pictures: how many pictures; None is all.
+        pictures: of how many pictures it asks; None is all, see `part_of`.
     """
 
     name: ClassVar[str]
@@ -117,7 +120,6 @@ class Task(ABC):
     folder: ClassVar[str]
     max_new_tokens: ClassVar[int] = 128
     video: ClassVar[bool] = False
-    partial: ClassVar[bool] = False
     pictures: ClassVar[int | None] = None
 
     def home(self, root: Path) -> Path:
@@ -146,16 +148,17 @@ class Task(ABC):
             BadEvalData: an answer belongs to no question, or a question has two answers; names the ids.
         """
 
-    def pick(self, questions: Sequence[Question]) -> list[Question]:
-        """Leave the questions about `pictures` of the pictures, spread evenly over them in the order of their names.
+    def restrict(self, root: Path, by_key: Mapping[K, V]) -> dict[K, V]:
+        """Leave what belongs to the questions that are asked; scoring restricts the annotations so.
 
-        `questions` of a `partial` benchmark returns what this returns, and `score` looks at nothing else.
+        Args:
+            root: the evaluation root.
+            by_key: what belongs to each question, by its key or a number that spells it.
         """
-        names = sorted({path for question in questions for path in question.visuals})
-        if self.pictures is None or self.pictures >= len(names):
-            return list(questions)
-        chosen = {names[index * len(names) // self.pictures] for index in range(self.pictures)}
-        return [question for question in questions if chosen.issuperset(question.visuals) and question.visuals]
+        if self.pictures is None:
+            return dict(by_key)
+        keys = {question.key for question in self.questions(root)}
+        return {key: value for key, value in by_key.items() if str(key) in keys}
 
     def stored_prompt(self, question: Question) -> str:
         """What an answers file holds as the prompt of a question; LLaVA's scorers recover the question from it."""
@@ -174,18 +177,31 @@ class Task(ABC):
             raise BadEvalData(f"{self.name}: picture {path} cannot be opened: {error}") from error
 
 
+def pick(questions: Sequence[Question], pictures: int) -> list[Question]:
+    """Leave the questions about some of the pictures, spread evenly over them in the order of their names."""
+    names = sorted({path for question in questions for path in question.visuals})
+    count = min(pictures, len(names))
+    chosen = {names[index * len(names) // count] for index in range(count)}
+    return [question for question in questions if question.visuals and chosen.issuperset(question.visuals)]
+
+
 def part_of(kind: type[Task], pictures: int) -> Task:
     """Return a benchmark on some of its pictures, under a name that says so.
 
     Raises:
-        ValueError: it is scored over all its questions only, or no picture is left.
+        ValueError: it asks about videos, or no picture is left.
     """
     if pictures < 1:
         raise ValueError(f"a benchmark on {pictures} pictures has no questions; ask for at least 1")
-    if not kind.partial:
-        raise ValueError(f"{kind.name} is scored over all its pictures only; leave --limit-pictures out")
+    if kind.video:
+        raise ValueError(f"{kind.name} asks about videos, not pictures; leave --limit-pictures out")
+
+    def questions(self: Task, root: Path) -> list[Question]:
+        return pick(kind.questions(self, root), pictures)
+
     named = {"name": f"{kind.name}_{pictures}_pictures", "title": f"{kind.title}, {pictures} pictures"}
-    return type(f"{kind.__name__}Part", (kind,), named | {"pictures": pictures, "__doc__": kind.__doc__})()
+    content = named | {"pictures": pictures, "questions": questions, "__doc__": kind.__doc__}
+    return type(f"{kind.__name__}Part", (kind,), content)()
 
 
 def join_answers(

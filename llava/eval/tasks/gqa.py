@@ -139,7 +139,7 @@ class Gqa(Task):
 
     def score(self, root: Path, answers: Sequence[Answer]) -> Score:
         found, missing = join_answers(self.questions(root), answers, self.name)
-        annotations = self.annotations(root)
+        annotations = self.restrict(root, self.annotations(root))
         predictions = {key: prediction(answer.text) for key, answer in found.items()}
         return Score(
             headline="accuracy",

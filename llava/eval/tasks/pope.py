@@ -243,7 +243,6 @@ class Pope(Task):
     name = "pope"
     title = "POPE"
     folder = "pope"
-    partial = True
 
     def needed(self, root: Path) -> list[Needed]:
         """The three label files and COCO's pictures."""
@@ -261,7 +260,7 @@ class Pope(Task):
         home = self.home(root)
         question_file = home / QUESTION_FILE
         given = question_file if question_file.exists() else None
-        return self.pick(read_questions(home / "coco", given, home / "val2014"))
+        return read_questions(home / "coco", given, home / "val2014")
 
     def score(self, root: Path, answers: Sequence[Answer]) -> Score:
         """Mean F1 of the three sets; the pooled values are what lmms-eval's `pope` reports."""

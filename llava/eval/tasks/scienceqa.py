@@ -189,7 +189,7 @@ class ScienceQa(Task):
         return Question(key, key, text.replace(DEFAULT_IMAGE_TOKEN, "").strip() + LETTER_ANSWER, visuals)
 
     def score(self, root: Path, answers: Sequence[Answer]) -> Score:
-        problems = read_problems(self.home(root))
+        problems = self.restrict(root, read_problems(self.home(root)))
         found, missing = match_answers(problems, answers)
         note = "accuracy is over the whole test split, img_accuracy over its questions with a picture"
         return _score("accuracy", problems, found, missing, note)
@@ -255,7 +255,7 @@ class ScienceQaImg(ScienceQa):
         return [question for question in super().questions(root) if question.key in pictured]
 
     def score(self, root: Path, answers: Sequence[Answer]) -> Score:
-        problems = read_problems(self.home(root))
+        problems = self.restrict(root, read_problems(self.home(root)))
         pictured = _pictured(problems)
         found, missing = match_answers(problems, answers)
         kept = {key: answer for key, answer in found.items() if key in pictured}

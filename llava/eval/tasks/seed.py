@@ -205,7 +205,7 @@ class SeedImage(Task):
 
     def score(self, root: Path, answers: Sequence[Answer]) -> Score:
         """Accuracy over image questions, and per type; a file that also answers videos gets video and total too."""
-        result = score_answers(read_problems(self.home(root) / ANNOTATIONS), answers)
+        result = score_answers(self.restrict(root, read_problems(self.home(root) / ANNOTATIONS)), answers)
         unread = sum(text not in LETTERS for text in result.texts.values())
         notes = ["only an answer that is one letter and nothing else can be right"]
         if unread:

@@ -236,7 +236,7 @@ class TextVqa(Task):
         return found
 
     def score(self, root: Path, answers: Sequence[Answer]) -> Score:
-        annotations = read_annotations(self.annotation_file(root))
+        annotations = self.restrict(root, read_annotations(self.annotation_file(root)))
         found, missing = match_answers(annotations, answers)
         scores = textvqa_scores({key: answer.text for key, answer in found.items()}, ground_truth(annotations))
         note = "with OCR tokens in the prompt" if self.ocr else "without OCR tokens, not comparable with LLaVA's table"

@@ -24,7 +24,6 @@ class Tiny(Task):
     title = "Tiny"
     folder = "tiny"
     max_new_tokens = 12
-    partial = True
 
     def question_file(self, root: Path) -> Path:
         """Questions and answers."""
@@ -45,7 +44,7 @@ class Tiny(Task):
                 row.get(field, str) for field in ("id", "image", "kind", "question", "answer")
             )
             found.append(Question(name, name, text, (self.home(root) / image,), kind, {"answer": answer}))
-        return self.pick(found)
+        return found
 
     def score(self, root: Path, answers: Sequence[Answer]) -> Score:
         """Share of all questions whose answer is the expected text; `kind_mean` is the mean over the kinds instead."""
