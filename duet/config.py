@@ -75,6 +75,15 @@ class DuetConfig:
         self._check_stage1()
         self._check_stage2()
         object.__setattr__(self, "options", _clean_options(self.options, self.stage1, self.stage2))
+        self._check_methods()
+
+    def _check_methods(self) -> None:
+        from duet.stage1 import VISION_REDUCERS
+        from duet.stage2 import LANGUAGE_REDUCERS
+
+        if self.stage1 != "none":
+            VISION_REDUCERS.check(self.stage1, self)
+        LANGUAGE_REDUCERS.check(self.stage2, self)
 
     def _check_stage1(self) -> None:
         for name in ("dominant", "contextual"):

@@ -25,15 +25,19 @@ class Registry(Generic[T]):
         self._package = package
         self._entries: dict[str, T] = {}
         self._options: dict[str, dict[str, Any]] = {}
+        self._checks: dict[str, Callable[[Any], None]] = {}
         self._discovered = False
 
-    def register(self, name: str, options: Mapping[str, Any] | None = None) -> Callable[[T], T]:
+    def register(
+        self, name: str, options: Mapping[str, Any] | None = None, check: Callable[[Any], None] | None = None
+    ) -> Callable[[T], T]:
         """Return a decorator that stores its argument under ``name``.
 
         Args:
             name: lower case; words are joined by ``_``, ``-`` or ``.``.
             options: settings that only this entry knows (``DuetConfig.options``), each with its default: a number, a
                 boolean, a string, or a tuple of strings of which the first is the default and the others may be chosen.
+            check: raises ValueError for a ``DuetConfig`` that this entry cannot work with.
 
         Raises:
             ValueError: the name is malformed or already taken.
@@ -46,6 +50,8 @@ class Registry(Generic[T]):
                 raise ValueError(f"{self.kind} {name!r} is already registered by {self._entries[name]!r}")
             self._entries[name] = entry
             self._options[name] = dict(options or {})
+            if check is not None:
+                self._checks[name] = check
             return entry
 
         return add
@@ -69,6 +75,12 @@ class Registry(Generic[T]):
         """
         self.get(name)
         return dict(self._options[name])
+
+    def check(self, name: str, config: Any) -> None:
+        """Raise ValueError if the entry called ``name`` cannot work with a configuration."""
+        self.get(name)
+        if name in self._checks:
+            self._checks[name](config)
 
     def names(self) -> list[str]:
         """Return all registered names in alphabetical order."""

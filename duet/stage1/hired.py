@@ -67,13 +67,8 @@ def share(content_PN: Tensor, grid: tuple[int, int], tiles: tuple[int, int], con
         grid: rows and columns of patches of one pass.
         tiles: rows and columns of tiles.
         config: ``entering`` tokens per pass, option ``alpha``, ``variant``.
-
-    Raises:
-        ValueError: ``alpha`` is no share.
     """
     patches, count, alpha = content_PN.shape[1], math.prod(tiles), config.option("alpha")
-    if not 0 < alpha < 1:
-        raise ValueError(f"hired's option alpha must lie between 0 and 1 (the whole picture's share), got {alpha}")
     total = config.entering * (1 + count)
     whole = max(min(int(alpha * total), patches), total - count * patches)
     rest = total - whole
@@ -113,4 +108,10 @@ def _apportion(weights_PT: Tensor, rest: int, limit: int) -> Tensor:
     return torch.nn.functional.one_hot(chosen // limit, max(1, weights_PT.shape[1])).sum(1)[:, : weights_PT.shape[1]]
 
 
-VISION_REDUCERS.register("hired", options={"alpha": 0.5})(HiRED())
+def _check(config: DuetConfig) -> None:
+    alpha = config.option("alpha")
+    if not 0 < alpha < 1:
+        raise ValueError(f"hired's option alpha must lie between 0 and 1 (the whole picture's share), got {alpha}")
+
+
+VISION_REDUCERS.register("hired", options={"alpha": 0.5}, check=_check)(HiRED())

@@ -28,19 +28,19 @@ CHOICES = {
 """What else could be chosen in Algorithm 1, the paper's choice first."""
 
 
-@VISION_REDUCERS.register("local_cluster", options=CHOICES)
+def _check(config: DuetConfig) -> None:
+    varied = sorted(set(config.options) & set(CHOICES))
+    if config.variant == "release" and varied:
+        raise ValueError(f"variant='release' has made its choices; leave out the option(s) {', '.join(varied)}")
+
+
+@VISION_REDUCERS.register("local_cluster", options=CHOICES, check=_check)
 def local_cluster(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     """Keep the ``k1`` most attended patches and average ``k2`` local clusters of the rest.
 
     ``config.variant`` chooses between the paper's Algorithm 1, which ``options`` vary, and the code that its authors
     released. Shapes: features [B, M, D]; returns K = k1 + k2 tokens. Source: Algorithm 1, Eq. (1)-(2).
-
-    Raises:
-        ValueError: the released code is to be varied.
     """
-    varied = sorted(set(config.options) & set(CHOICES))
-    if config.variant == "release" and varied:
-        raise ValueError(f"variant='release' has made its choices; leave out the option(s) {', '.join(varied)}")
     return paper_clusters(tower, config) if config.variant == "paper" else released_clusters(tower, config)
 
 

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 _STEP = 8  # tokens removed per round, as released
 
 
-@VISION_REDUCERS.register("vispruner", options={"important": 0.5})
+def _check(config: DuetConfig) -> None:
+    share = config.option("important")
+    if not 0 <= share <= 1:
+        raise ValueError(f"vispruner's option important must lie between 0 and 1 (a share of the tokens), got {share}")
+
+
+@VISION_REDUCERS.register("vispruner", options={"important": 0.5}, check=_check)
 def vispruner(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     """Keep the patches with most class-token attention, then thin the others until the budget is met.
 
@@ -25,10 +31,8 @@ def vispruner(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     similarity. Where the list has an odd length, its last entry takes part as an even one. Similarity is the cosine of
     tower features. A tower without a class token uses column mass.
     """
-    share = config.option("important")
-    if not 0 <= share <= 1:
-        raise ValueError(f"vispruner's option important must lie between 0 and 1 (a share of the tokens), got {share}")
-    return keep_patches(tower, important_and_diverse(tower, config.entering, int(config.entering * share)))
+    important = int(config.entering * config.option("important"))
+    return keep_patches(tower, important_and_diverse(tower, config.entering, important))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import pytest
 import small
 import torch
-from dense import TOKENS, parts, reduced
+from dense import TOKENS, parts, reduced, vision_config
 
 
 @pytest.mark.parametrize("tokens", [12, 13, 35])
@@ -28,4 +28,4 @@ def test_the_share_of_important_patches():
     diverse = reduced("vispruner", parts()["pixels"], options={"important": 0.0})
     assert not torch.equal(diverse.source, by_attention.source)
     with pytest.raises(ValueError, match="important must lie between 0 and 1"):
-        reduced("vispruner", parts()["pixels"], options={"important": 1.5})
+        vision_config("vispruner", options={"important": 1.5})
