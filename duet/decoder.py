@@ -21,7 +21,7 @@ from duet import tracing
 from duet.budget import kept_tokens
 from duet.cache import CachedSegment, DuetCache
 from duet.config import DuetConfig
-from duet.queries import answers_from_labels, query_rows
+from duet.queries import answers_from_labels, query_rows, surviving_rows
 from duet.stage2 import LANGUAGE_REDUCERS, Decision, LanguageReducer, Stage, keep_best
 from duet.tokens import TokenState, compact_positions, gather_tokens, is_left_padded
 
@@ -381,7 +381,12 @@ class _ReducedPass:
         if decision.hidden is not None:
             state = replace(state, hidden=decision.hidden)
         length = max(lengths)
-        state = state.keep((tokens & ~state.visual) | decision.keep, length, padded=min(lengths) < length)
+        left = state.keep((tokens & ~state.visual) | decision.keep, length, padded=min(lengths) < length)
+        text, queries = (
+            surviving_rows(rows, state.origin, still, left.origin, left.valid)
+            for rows, still in ((state.text, left.text), (state.queries, left.queries))
+        )
+        state = replace(left, text=text, queries=queries)
         if self._config.positions == "original" or (self._config.positions == "auto" and self._multi_axis):
             return state
         positions = compact_positions(state.valid, len(lengths), length, state.hidden.device)

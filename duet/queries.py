@@ -43,6 +43,23 @@ def marked_indices(mask_BL: Tensor) -> tuple[Tensor, Tensor]:
     return index, mask_BL.gather(1, index)
 
 
+def surviving_rows(rows: Tensor, origin: Tensor, left: Tensor, left_origin: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the rows that rank after a drop: those that are left, or the last token up to where they were.
+
+    A row may itself be a visual token that is dropped, where no text stands between the image and the answer.
+
+    Args:
+        rows: [B, L] the rows before the drop.
+        origin: [B, L] where each position entered.
+        left: [B, L'] the rows among what is left.
+        left_origin: [B, L'].
+        valid: [B, L'] bool or None.
+    """
+    last = origin.masked_fill(~rows, -1).amax(1, keepdim=True)
+    before = left_origin <= last
+    return torch.where(left.any(1, keepdim=True), left, _last(before if valid is None else before & valid))
+
+
 def answers_from_labels(labels: Tensor | None) -> Tensor | None:
     """Return where a label supervises, [B, L] bool, or None without labels."""
     return None if labels is None else labels != IGNORE_INDEX

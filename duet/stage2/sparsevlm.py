@@ -41,7 +41,9 @@ def sparsevlm(stage: Stage, config: DuetConfig) -> Decision:
     recycle = bool(config.option("recycle"))
     with torch.no_grad():
         signals = stage.last_signals()
-        rows, counted = marked_indices(raters(stage.entered).gather(1, stage.state.origin) & stage.state.text)
+        text = stage.state.text
+        rated = raters(stage.entered).gather(1, stage.state.origin) & text
+        rows, counted = marked_indices(torch.where(rated.any(1, keepdim=True), rated, text))
         if config.option("plus"):
             score = _corrected(signals, rows, counted, stage.state.visual, config.option("heads"))
         else:

@@ -7,9 +7,9 @@ import small
 import torch
 
 import duet
-from duet import DuetConfig
+from duet import DuetConfig, run_decoder
 from duet.cache import DuetCache
-from duet.queries import query_rows
+from duet.queries import query_rows, surviving_rows
 
 BASE = dict(dominant=10, contextual=3, cluster_width=3, schedule={2: 0.5, 4: 0.25}, stage1="local_cluster")
 VARIANTS = {
@@ -251,3 +251,33 @@ def rows(text, queries, answers=None, valid=None):
 )
 def test_query_rows(text, queries, answers, wanted):
     assert rows(text, queries, answers) == wanted
+
+
+@torch.no_grad()
+def test_a_row_that_is_dropped_hands_over_to_the_token_before_it(model):
+    """A caption: nothing but answers after the image, so its last token ranks, and a later stage finds it gone."""
+    decoder = model.model.language_model
+    embeds = torch.randn(1, 30, 32, generator=torch.Generator().manual_seed(3))
+    visual = torch.zeros(1, 30, dtype=torch.bool)
+    visual[:, 2:26] = True
+    labels = torch.full((1, 30), -100)
+    labels[:, 26:] = 5
+    seen = []
+
+    def drop_the_last(stage, settings):
+        seen.append(stage.state.queries[0].nonzero()[:, 0].tolist())
+        assert torch.equal(stage.state.queries, stage.state.text)
+        return -torch.arange(stage.state.visual.shape[1], dtype=torch.float)[None]
+
+    settings = DuetConfig(stage1="none", schedule={1: 0.5, 2: 0.25, 3: 0.0})
+    run_decoder(decoder, embeds, visual_mask=visual, labels=labels, config=settings, reducer=drop_the_last)
+    assert seen == [[25], [13]]  # the last of 24 visual tokens, then the last of the 12 that are left
+    rows = torch.tensor([[False, True, True], [True, False, False]])
+    origin = torch.tensor([[0, 3, 5], [0, 1, 2]])
+    left, none = torch.tensor([[False, False], [True, False]]), torch.zeros(2, 2, dtype=torch.bool)
+    assert surviving_rows(rows, origin, left, torch.tensor([[0, 4], [0, 2]]), None).tolist() == [
+        [False, True],
+        [True, False],
+    ]
+    valid = torch.tensor([[True, False], [True, True]])
+    assert surviving_rows(rows, origin, none, origin[:, :2], valid).tolist() == [[True, False], [True, False]]
