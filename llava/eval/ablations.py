@@ -9,8 +9,8 @@ from itertools import product
 from pathlib import Path
 
 from duet import DuetConfig
-from duet.config import declared_options
 from duet.methods import METHODS, BudgetError, solve
+from duet.stage1 import VISION_REDUCERS
 from llava.eval.lines import Line
 from llava.eval.plans import DEPTH, Geometry, Plan
 from llava.eval.plots import against_point, bars
@@ -123,7 +123,7 @@ def variations(geometry: Geometry, budgets: Sequence[int]) -> Planned:
         base = duet_at(geometry, budget)
         choices = {
             name: default if isinstance(default, tuple) else (False, True)
-            for name, default in declared_options(base.stage1, "text_guided").items()
+            for name, default in VISION_REDUCERS.options(base.stage1).items()
             if isinstance(default, tuple | bool)
         }
         for values in product(*choices.values()):
@@ -157,6 +157,7 @@ _draw_splits = partial(
 _draw_ratios = partial(
     against_point, axis_name="visual tokens per layer", place=_tokens, panel=lambda line: "",
     curve=lambda line: line.plan.label, crossed=lambda line: line.plan.point["no token left after"] != "never",
+    note=lambda line: line.plan.point["kept after layers 8, 16, 24"],
 )  # fmt: skip
 _draw_variations = partial(
     against_point, axis_name="visual tokens per layer", place=_tokens, panel=lambda line: "",
@@ -175,8 +176,8 @@ ABLATIONS: dict[str, Ablation] = {
     "table11": Ablation("Table 11, TextVQA, POPE, ScienceQA, MME", "which text ranks in PyramidDrop", (),
                         pyramiddrop_rows, bars),
     "fig3": Ablation("Figure 3, TextVQA", "cluster width", _THREE, widths, _draw_widths),
-    "fig5": Ablation("Figure 5, TextVQA", "λ and stages in the decoder, ranked by all text", (), stage_ratios,
-                     _draw_ratios),
+    "fig5": Ablation("Figure 5, TextVQA", "share λ that each stage in the decoder drops, ranked by all text", (),
+                     stage_ratios, _draw_ratios),
     "fig78": Ablation("Figures 7 and 8, TextVQA", "k1 against k2", (192, 128), splits, _draw_splits),
     "variations": Ablation("ours", "every choice that DUET's stage 1 declares", (64,), variations, _draw_variations),
 }  # fmt: skip

@@ -83,6 +83,7 @@ def against_point(
     panel: Callable[[Line], str],
     curve: Callable[[Line], str],
     crossed: Callable[[Line], bool] = lambda line: False,
+    note: Callable[[Line], str] | None = None,
 ) -> bool:
     """Draw accuracy against what an ablation varies.
 
@@ -94,6 +95,7 @@ def against_point(
         panel: in which panel, by title.
         curve: on which curve, by label.
         crossed: whether it is marked by a red cross and stands on no curve.
+        note: what is written next to its point.
 
     Returns:
         False where matplotlib is not installed.
@@ -114,6 +116,11 @@ def against_point(
         gone = [line for line in shown if crossed(line)]
         if gone:
             _curve(axis, [place(line) for line in gone], gone, "no visual token left", fmt="x", color="red")
+        for line in shown:
+            if note is None:
+                break
+            spot = (place(line), fmean(line.averages))
+            axis.annotate(note(line), spot, (5, 3), textcoords="offset points", fontsize="x-small")
         axis.axhline(100, color="grey", linestyle=":", linewidth=1)
         axis.set_title(title)
         axis.set_xlabel(axis_name)
