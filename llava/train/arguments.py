@@ -130,6 +130,10 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a non-finite loss is an error here"})
     logging_steps: float = field(default=10, metadata={"help": "log every N steps"})
+    feature_cache: str | None = field(
+        default=None,
+        metadata={"help": "keep what the frozen tower makes of each picture in this folder, for later epochs and runs"},
+    )
     image_log_steps: int = field(
         default=0, metadata={"help": "every N steps draw kept tokens on a few images; 0: never"}
     )

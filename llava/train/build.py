@@ -238,8 +238,22 @@ def build(args: RunArguments, attention: str) -> tuple[Any, Any]:
         widen_trainable(model)
     elif training.bits == 16:
         unify_dtype(model, training)
+    if training.feature_cache is not None and model_args.vision_tower is not None:
+        set_up_feature_cache(args, model)
     remember_base(model, model_args.model_name_or_path)
     return model, tokenizer
+
+
+def set_up_feature_cache(args: RunArguments, model: Any) -> None:
+    """Keep what the frozen tower makes of pictures in the folder that `--feature_cache` names.
+
+    Raises:
+        ValueError: the features depend on more than the picture, or pictures are cut into tiles.
+    """
+    if args.data.image_aspect_ratio == "anyres":
+        raise ValueError("--feature_cache keeps whole pictures; it does not work with --image_aspect_ratio anyres")
+    inner = getattr(model, "get_base_model", lambda: model)()
+    inner.get_vision_tower().keep_features(args.training.feature_cache, inner.reduction)
 
 
 def remember_base(model: Any, path: str | None) -> None:

@@ -40,6 +40,7 @@ HARMLESS = frozenset(
         "save_total_limit",
         "dataloader_num_workers",
         "scan_images",
+        "feature_cache",
         "resume_from_checkpoint",
         "output_dir",
     )
