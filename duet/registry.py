@@ -77,8 +77,8 @@ class Registry(Generic[T]):
         return dict(self._options[name])
 
     def check(self, name: str, config: Any) -> None:
-        """Raise ValueError if the entry called ``name`` cannot work with a configuration."""
-        self.get(name)
+        """Raise ValueError if there is an entry called ``name`` and it cannot work with a configuration."""
+        self._discover()
         if name in self._checks:
             self._checks[name](config)
 
