@@ -57,7 +57,7 @@ class QwenFamily(HostFamily):
         """Return the prompt with the host's own positions: three axes, or four where ``generate`` prepared them.
 
         Raises:
-            ValueError: a cache that is reduced already gets new pictures.
+            ValueError: a cache that is reduced already gets new pictures, or rows hold several packed samples.
         """
         if isinstance(cache, DuetCache) and cache.segments:
             if any(inputs.get(name) is not None for _, name, _ in _KINDS):
@@ -82,6 +82,8 @@ class QwenFamily(HostFamily):
         if positions.dim() == 2:
             positions = positions.unsqueeze(0).expand(3, -1, -1)
         positions = positions.expand(-1, batch, -1)
+        if prompt.attention_mask is None and _reduces(model._duet.config):
+            _check_one_sample_per_row(positions)
         return replace(prompt, position_ids=positions, next_position=_next_position(positions, prompt.attention_mask))
 
     def pictures(self, model: Any, inputs: Mapping[str, Any]) -> list[Pictures]:
@@ -151,6 +153,19 @@ def _sizes(pixels: Tensor, grid: Tensor, name: str, grid_name: str, merge: int) 
             "the processor made them"
         )
     return sizes
+
+
+def _reduces(config: DuetConfig) -> bool:
+    return config.stage1 != "none" or bool(config.schedule)
+
+
+def _check_one_sample_per_row(positions_ABL: Tensor) -> None:
+    """Raise ValueError if the axis that counts tokens starts again within a row."""
+    if len(positions_ABL) == 4 and bool((positions_ABL[0].diff(dim=1) != 1).any()):
+        raise ValueError(
+            "position_ids pack several samples into one row, which DUET cannot tell apart; give every sample a row of "
+            "its own, with padding and attention_mask"
+        )
 
 
 def _next_position(positions_ABL: Tensor, attention_mask: Tensor | None) -> Tensor:

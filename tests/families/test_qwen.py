@@ -138,6 +138,9 @@ def test_bad_input_says_what_is_wrong(model, family):
         ids[0, (ids[0] == qwen.IMAGE).nonzero()[-1]] = 5
         with pytest.raises(ValueError, match=r"the samples hold \[20\] image placeholder tokens.*\[6, 15\]"):
             model(**changed(single, input_ids=ids, position_ids=axes))
+        packed = torch.cat((torch.arange(10), torch.arange(axes.shape[2] - 10)))[None, None]
+        with pytest.raises(ValueError, match="pack several samples into one row"):
+            model(**changed(single, attention_mask=None, position_ids=torch.cat((packed, axes))))
         cache = model(**single, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="a reduced cache cannot take new pictures"):
             model(**single, past_key_values=cache)

@@ -310,6 +310,9 @@ def test_every_vision_reducer_works_or_says_what_does(model, family, name):
         return
     with handle, duet.trace() as trace:
         logits = model(**qwen.mixed_batch(family)).logits
+        for row in (0, 4):
+            alone = model(**qwen.mixed_singles(family)[row]).logits[0]
+            assert torch.allclose(logits[row, -len(alone) :], alone, atol=1e-5)
     assert logits.isfinite().all()
     entering = trace.passes[0][0].visual
     if not config.adaptive:
