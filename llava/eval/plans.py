@@ -20,6 +20,7 @@ from llava.model.multimodal_encoder.clip_encoder import tower_geometry
 
 BASELINE = "full"
 DEPTH = 32  # of the decoder that published layers are counted in
+_NAMED_STAGES = 4
 _DRAWING = "random"  # the reducers of both kinds whose choice depends on the seed
 
 
@@ -102,7 +103,9 @@ def run_name(config: DuetConfig) -> str:
         parts.append(f"{config.dominant}+{config.contextual}")
     if config.schedule:
         parts.append(config.stage2)
-        parts += [f"{layer}x{ratio:.3g}" for layer, ratio in config.schedule.items()]
+        stages = [f"{layer}x{ratio:.3g}" for layer, ratio in config.schedule.items()]
+        # FitPrune has a stage after every layer, and a folder's name ends at 255 characters.
+        parts += stages if len(stages) <= _NAMED_STAGES else [*stages[:_NAMED_STAGES], f"{len(stages)}stages"]
     return "-".join([*parts, digest])
 
 

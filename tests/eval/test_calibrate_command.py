@@ -1,14 +1,17 @@
 """The command that makes FitPrune's calibration, on a small random checkpoint."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from runner_world import LAYERS, PATCHES, build_model, save_picture
 
+from duet import DuetConfig
 from duet.calibrate import read_calibration
 from duet.methods import solve
 from llava.eval import calibrate
+from llava.eval.plans import run_name
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,14 @@ def test_a_calibration_serves_every_budget(model, data, capsys):
     for tokens in (30, 18, 12):
         config = solve("fitprune", tokens, PATCHES, LAYERS, options={"calibration": str(path)})
         assert abs(config.average_tokens(PATCHES, LAYERS) - tokens) <= 0.5
+
+
+def test_a_stage_after_every_layer_still_makes_a_folder_name():
+    schedule = {layer: (64 - layer) / 64 for layer in range(1, 32)}
+    config = DuetConfig(stage1="none", stage2="fitprune", schedule=schedule)
+    name = run_name(config)
+    assert name.startswith("fitprune-1x0.984-") and "31stages" in name and len(name) < 80
+    assert name != run_name(replace(config, schedule=schedule | {31: 0.5}))
 
 
 @torch.no_grad()
