@@ -4,11 +4,14 @@ import pytest
 import torch
 import transformers as hf
 from models import CASES
+from qwen_models import CASES as QWEN
 from test_contract import labelled
 
 import duet
 
-FAMILIES = list(CASES)
+ALL = CASES | QWEN
+# transformers reads image_newline past the hooks of an offloaded model
+OFFLOADED = [name for name in ALL if name not in ("llava_next", "llava_onevision", "llava_next_video")]
 
 
 def collate(records):
@@ -17,13 +20,13 @@ def collate(records):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["llava_next", "video_llava", "llava_onevision"])
+@pytest.mark.parametrize("family", ["llava_next", "video_llava", "llava_onevision", *QWEN])
 def test_trainer(family, tmp_path):
-    case = CASES[family]
+    case = ALL[family]
     model = case.build()
     names = [name for name, (_, pictures, _) in case.samples.items() if pictures]
     records = [labelled(case.inputs(model, [case.samples[name]])) | {"not_an_input": 1} for name in names]
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if "multi_modal_projector" in name}
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if case.projectors[0] in name}
     arguments = hf.TrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=1, max_steps=len(records), learning_rate=1e-2,
         report_to=[], save_strategy="no", logging_steps=1, use_cpu=True, disable_tqdm=True,
@@ -39,11 +42,11 @@ def test_trainer(family, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_models_with_device_map_hooks(family):
     from accelerate import dispatch_model
 
-    case = CASES[family]
+    case = ALL[family]
     model = dispatch_model(case.build(), {"": "cpu"}, force_hooks=True)
     inputs = case.batch(model)
     plain = model(**inputs).logits
@@ -57,9 +60,25 @@ def test_models_with_device_map_hooks(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("family", OFFLOADED)
+def test_offloaded_models(family):
+    from accelerate import cpu_offload
+
+    case = ALL[family]
+    model = case.build()
+    inputs = case.batch(model)
+    with duet.attach(model, case.config):
+        reduced = model(**inputs).logits
+    with duet.attach(cpu_offload(model, torch.device("cpu")), case.config):
+        assert torch.equal(model(**inputs).logits, reduced)
+        assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", CASES)
 def test_positional_arguments_follow_the_host(family):
-    case = CASES[family]
+    case = ALL[family]
     model = case.build()
     inputs = case.batch(model)
     with duet.attach(model, case.config):
