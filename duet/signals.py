@@ -1,8 +1,8 @@
 """What a reducer may ask of an attention layer, computed from queries and keys without an attention map.
 
 A row of attention is one query against all keys. A column mass, how much attention a token receives, is summed over
-blocks of queries, so memory is O(block * N), never N * N, and the layer itself keeps SDPA or FlashAttention.
-Scores and softmax are in fp32.
+blocks of queries (``duet.kernels``), so memory is O(block * N), never N * N, and the layer itself keeps SDPA or
+FlashAttention. Scores and softmax are in fp32.
 
 Shapes: B batch, H heads, M tower tokens (with the class token), N patches, R rows, L sequence, T text tokens, d head
 width.
@@ -17,31 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 23  # scores held at once (fp32: 32 MiB); large enough to keep two cores or a GPU busy
-
-
-def _block_rows(batch: int, heads: int, keys: int, rows: int) -> int:
-    """Return how many query rows to score at once; never all of them for long sequences."""
-    return max(1, min(rows, 256, _BLOCK_ELEMENTS // max(1, batch * heads * keys)))
-
-
-def mean_attention(query_BHRd: Tensor, key_BHMd: Tensor) -> Tensor:
-    """Return the attention that each key receives, averaged over heads and queries, in blocks of queries.
-
-    Shapes: scaled queries [B, H, R, d] in fp32, keys [B, H, M, d]; returns [B, M].
-    """
-    keys = key_BHMd.float().transpose(-1, -2)
-    batch, heads, rows, _ = query_BHRd.shape
-    mass = query_BHRd.new_zeros(batch, keys.shape[-1])
-    for block in query_BHRd.split(_block_rows(batch, heads, keys.shape[-1], rows), dim=2):
-        mass += (block @ keys).softmax(-1).sum(dim=(1, 2))
-    return mass / (heads * rows)
+from duet import kernels
+from duet.kernels import reference
+from duet.kernels.reference import rotate
 
 
 def attention_rows(query_BHRd: Tensor, key_BHMd: Tensor) -> Tensor:
-    """Return the attention of chosen queries to all keys, averaged over heads. Shapes as above; returns [B, R, M]."""
+    """Return the attention of chosen queries to all keys, averaged over heads, in blocks of queries.
+
+    Shapes: scaled queries [B, H, R, d] in fp32, keys [B, H, M, d]; returns [B, R, M].
+    """
     keys = key_BHMd.float().transpose(-1, -2)
-    size = _block_rows(query_BHRd.shape[0], query_BHRd.shape[1], keys.shape[-1], query_BHRd.shape[2])
+    size = reference.block_rows(query_BHRd.shape[0], query_BHRd.shape[1], keys.shape[-1], query_BHRd.shape[2])
     return torch.cat([(block @ keys).softmax(-1).mean(1) for block in query_BHRd.split(size, dim=2)], dim=1)
 
 
@@ -95,8 +82,8 @@ class TowerSignals:
 
         Shapes: returns [B, N]. Source: DUET-VLM Algorithm 1 line 2 (a sum there; the ranking is the same).
         """
-        mass = mean_attention(self._queries(self._hidden[:, self._first_patch :]), self._keys)
-        return mass[:, self._first_patch :]
+        queries = self._split(self._attention.q_proj(self._hidden[:, self._first_patch :]))
+        return kernels.column_mass(queries, self._keys, self._attention.scale)[:, self._first_patch :]
 
     def rows(self, patch_BR: Tensor) -> Tensor:
         """Return the attention rows of chosen patches over all patches, averaged over heads.
@@ -126,19 +113,6 @@ class TowerSignals:
         return self._keys.mean(1)
 
 
-def rotate(x_BHLd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions in the half-split layout of Hugging Face decoders.
-
-    Shapes: x [B, H, L, d]; cos, sin [B or 1, L, r] with r <= d (the rest of the head is not rotated).
-    """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    width = cos.shape[-1]
-    turned, rest = x_BHLd[..., :width], x_BHLd[..., width:]
-    first, second = turned.chunk(2, dim=-1)
-    out = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
-
-
 class DecoderSignals:
     """Attention of chosen rows at the input of one decoder layer, evaluated with that layer's own weights.
 
@@ -162,18 +136,21 @@ class DecoderSignals:
         return x.transpose(1, 2)
 
     @cached_property
+    def _unrotated(self) -> Tensor:
+        """Keys before rotation, [B, Hkv, L, d]."""
+        return self._heads(self._attention.k_proj(self._normed), "k_norm")
+
+    @cached_property
     def _keys(self) -> Tensor:
-        """Rotated keys, [B, Hkv, L, d]."""
-        keys = self._heads(self._attention.k_proj(self._normed), "k_norm")
-        return rotate(keys, *self._rotary).float()
+        """Rotated keys in fp32, [B, Hkv, L, d]."""
+        return rotate(self._unrotated, *self._rotary).float()
 
     def _queries(self, index_BR: Tensor) -> Tensor:
-        """Rotated and scaled queries of chosen rows, grouped by key head: [B, Hkv, G, R, d]."""
+        """Rotated queries of chosen rows, [B, H, R, d]."""
         picked = self._normed.gather(1, index_BR.unsqueeze(-1).expand(-1, -1, self._normed.shape[-1]))
         query = self._heads(self._attention.q_proj(picked), "q_norm")
         cos, sin = (_pick_rows(table, index_BR) for table in self._rotary)
-        query = rotate(query, cos, sin).float() * self._attention.scaling
-        return query.unflatten(1, (self._keys.shape[1], -1))
+        return rotate(query, cos, sin)
 
     def key_norms(self) -> Tensor:
         """Return the sum of absolute values of each position's rotated keys, over all key heads. Shapes: [B, L]."""
@@ -186,10 +163,10 @@ class DecoderSignals:
         counted [B, R] bool marks the rows that are real; returns [B, L].
         Source: DUET-VLM Sec. 3.2; PyramidDrop Eq. (1) for a single row.
         """
-        total = self._keys.new_zeros(self._keys.shape[0], self._keys.shape[2])
-        for _, counted, probabilities in self.rows(index_BR, counted_BR, causal):
-            total += (probabilities.mean(1) * counted.unsqueeze(-1)).sum(1)
-        return total / counted_BR.float().sum(1, keepdim=True).clamp(min=1.0)
+        stop = self._stops(index_BR, counted_BR, causal)
+        keys, rotary = (self._unrotated, self._rotary) if kernels.usable(self._normed) else (self._keys, None)
+        queries, scale = self._queries(index_BR), self._attention.scaling
+        return kernels.received(queries, keys, stop, counted_BR, scale, self._valid, rotary)
 
     def rows(
         self, index_BR: Tensor, counted_BR: Tensor, causal: bool = True
@@ -201,9 +178,10 @@ class DecoderSignals:
         probabilities [B, H, r, L] in fp32. A row that may see nothing is uniform.
         """
         keys = self._keys
-        for rows, counted, queries in self._blocks(index_BR, counted_BR):
-            seen = rows if causal else index_BR.masked_fill(~counted_BR, 0).amax(1, keepdim=True).expand_as(rows)
-            yield rows, counted, self._probabilities(queries, self._causal(seen, keys.shape[2]), keys)
+        stops = self._stops(index_BR, counted_BR, causal)
+        for places, stop, counted, queries in self._blocks(index_BR, stops, counted_BR.float()):
+            allowed = reference.prefixes(stop, self._valid, keys.shape[2])
+            yield places, counted, reference.probabilities(queries, allowed, keys)
 
     def largest_received(self, index_BR: Tensor, counted_BR: Tensor) -> Tensor:
         """Return, summed over chosen rows, the most attention that any head pays to each position. Shapes: [B, L].
@@ -238,31 +216,27 @@ class DecoderSignals:
         keys = self._keys.gather(2, index_BT[:, None, :, None].expand(-1, self._keys.shape[1], -1, width))
         total = keys.new_zeros(index_BT.shape)
         readers = keys.new_zeros(index_BT.shape)
-        for rows, mark, queries in self._blocks(index_BT, counted_BT):
+        for rows, mark, queries in self._blocks(index_BT, counted_BT.float()):
             later = rows.unsqueeze(-1) - index_BT.unsqueeze(1)
             allowed = (later >= 0) & counted_BT.unsqueeze(1)
             strict = ((later > 0) & counted_BT.unsqueeze(1)) * mark.unsqueeze(-1)
-            total += (self._probabilities(queries, allowed, keys).mean(1) * strict).sum(1)
+            total += (reference.probabilities(queries, allowed, keys).mean(1) * strict).sum(1)
             readers += strict.sum(1)
         return total / readers.clamp(min=1.0)
 
-    def _blocks(self, index_BR: Tensor, counted_BR: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield positions, counted (0 or 1) and queries of blocks of rows, small enough to be scored at once."""
-        queries = self._queries(index_BR)
+    def _stops(self, index_BR: Tensor, counted_BR: Tensor, causal: bool) -> Tensor:
+        """Return before which position each row stops to see: behind itself, or behind the last row. Shapes: [B, R]."""
+        last = index_BR if causal else index_BR.masked_fill(~counted_BR, 0).amax(1, keepdim=True).expand_as(index_BR)
+        return last + 1
+
+    def _blocks(self, index_BR: Tensor, *per_row_BR: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield positions, what else there is per row, and queries [B, Hkv, G, r, d], as many as are scored at once."""
+        queries = self._queries(index_BR).float() * self._attention.scaling
+        queries = queries.unflatten(1, (self._keys.shape[1], -1))
         batch, key_heads, group, rows, _ = queries.shape
-        size = _block_rows(batch, key_heads * group, self._normed.shape[1], rows)
-        yield from zip(index_BR.split(size, 1), counted_BR.float().split(size, 1), queries.split(size, 3), strict=True)
-
-    def _causal(self, index_BR: Tensor, length: int) -> Tensor:
-        allowed = torch.arange(length, device=index_BR.device) <= index_BR.unsqueeze(-1)
-        return allowed if self._valid is None else allowed & self._valid.unsqueeze(1)
-
-    @staticmethod
-    def _probabilities(queries: Tensor, allowed_BRL: Tensor, keys: Tensor) -> Tensor:
-        """Attention probabilities, [B, H, R, keys]; a row that may see nothing is uniform and counts for nothing."""
-        scores = queries @ keys.transpose(-1, -2).unsqueeze(2)
-        scores = scores.masked_fill(~allowed_BRL[:, None, None], torch.finfo(scores.dtype).min)
-        return scores.softmax(-1).flatten(1, 2)
+        size = reference.block_rows(batch, key_heads * group, self._normed.shape[1], rows)
+        parts = [x.split(size, 1) for x in (index_BR, *per_row_BR)]
+        yield from zip(*parts, queries.split(size, 3), strict=True)
 
 
 def _pick_rows(table: Tensor, index_BR: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from duet.kernels import gather_all
+
 IGNORE_INDEX = -100
 
 
@@ -80,29 +82,28 @@ class TokenState:
             padded: whether any row is shorter than ``length``.
         """
         index = compaction_index(keep_BL, length, self.left_padded)
-        valid = keep_BL.gather(1, index) if padded else None
-        labels = None if self.labels is None else self.labels.gather(1, index)
-        visual, text, queries = (mask.gather(1, index) for mask in (self.visual, self.text, self.queries))
+        axes = self.positions.unbind(0) if self.positions.dim() == 3 else (self.positions,)
+        always = (self.hidden, self.visual, self.text, self.queries, self.origin, *axes)
+        sometimes = (keep_BL if padded else None, self.labels)
+        gathered = gather_all([x for x in (*always, *sometimes) if x is not None], index)
+        hidden, visual, text, queries, origin = gathered[:5]
+        positions = gathered[5 : len(always)]
+        rest = iter(gathered[len(always) :])
+        valid, labels = (None if x is None else next(rest) for x in sometimes)
         if valid is not None:
             visual, text, queries = visual & valid, text & valid, queries & valid
             labels = None if labels is None else labels.masked_fill(~valid, IGNORE_INDEX)
         return replace(
             self,
-            hidden=gather_tokens(self.hidden, index),
+            hidden=hidden,
             valid=valid,
             visual=visual,
             text=text,
             queries=queries,
-            origin=self.origin.gather(1, index),
-            positions=_gather_positions(self.positions, index),
+            origin=origin,
+            positions=torch.stack(positions) if self.positions.dim() == 3 else positions[0],
             labels=labels,
         )
-
-
-def _gather_positions(positions: Tensor, index_BK: Tensor) -> Tensor:
-    if positions.dim() == 2:
-        return positions.expand(index_BK.shape[0], -1).gather(1, index_BK)
-    return positions.gather(2, index_BK.expand(positions.shape[0], -1, -1))
 
 
 def compact_positions(valid: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:

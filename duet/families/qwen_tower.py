@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from duet import kernels
 from duet.config import DuetConfig
 from duet.families.passes import UnitSignals, View, plan
 from duet.grids import pooled_grid
-from duet.signals import TowerSignals, attention_rows, mean_attention, rotate
+from duet.signals import TowerSignals, attention_rows, rotate
 from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, in_raster_order
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class PackedSignals(TowerSignals):
 
         Averaged over heads and queries. Source: DUET-VLM Algorithm 1 line 2.
         """
-        return mean_attention(*self._rotated)
+        return kernels.column_mass(*self._rotated, scale=1.0)
 
     def rows(self, patch_BR: Tensor) -> Tensor:
         """Return the attention rows of chosen patches, averaged over heads. Shapes: [F, R] -> [F, R, P].

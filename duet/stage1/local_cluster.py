@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from duet.anchors import join_anchors, merge_into_anchors, split_evenly
+from duet.kernels import cluster_means
 from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, class_attention, in_raster_order, kinds
 from duet.tokens import gather_tokens, rank_descending, top_indices
 
@@ -75,19 +76,20 @@ def paper_clusters(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
         else:
             width = min(config.cluster_width, patches.shape[1] - dominant_count)
             members = _attended_neighbours(tower, dominant, centroids, width)
-            clusters = _merged(gather_tokens(patches, members.flatten(1)).unflatten(1, (-1, width)), config)
+            clusters = _merged(patches, members, config)
         tokens = torch.cat((tokens, clusters.to(tokens.dtype)), dim=1)
     kind = kinds(tokens.device, dominant=dominant_count, contextual=contextual_count)
     reduction = VisionReduction(tokens, torch.cat((dominant, centroids), dim=1), kind, members)
     return reduction if config.option("order") == "score" else in_raster_order(reduction)
 
 
-def _merged(clusters_BCWD: Tensor, config: DuetConfig) -> Tensor:
-    """Return one token per cluster, whose first member is its centroid. Shapes: [B, C, D]."""
+def _merged(patches: Tensor, members_BCW: Tensor, config: DuetConfig) -> Tensor:
+    """Return one token for each cluster, the centroid being its first member. Shapes: [B, N, D] -> [B, C, D]."""
     if config.option("merge") == "mean":
-        return clusters_BCWD.mean(2)
-    others = clusters_BCWD[:, :, 1:]
-    return clusters_BCWD[:, :, 0] + others.sum(2) / max(1, others.shape[2])
+        return cluster_means(patches, members_BCW)
+    clusters = gather_tokens(patches, members_BCW.flatten(1)).unflatten(1, tuple(members_BCW.shape[1:]))
+    others = clusters[:, :, 1:]
+    return clusters[:, :, 0] + others.sum(2) / max(1, others.shape[2])
 
 
 def _attended_neighbours(tower: TowerOutput, dominant: Tensor, centroids: Tensor, width: int) -> Tensor:

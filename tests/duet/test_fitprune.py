@@ -101,7 +101,7 @@ def test_ranking_equals_the_slow_loop(model):
 @torch.no_grad()
 def test_head_maxima_are_summed_in_blocks(model, monkeypatch, block):
     """Grouped heads and padding; the smallest block is a single row."""
-    monkeypatch.setattr("duet.signals._BLOCK_ELEMENTS", block)
+    monkeypatch.setattr("duet.kernels.reference.BLOCK_ELEMENTS", block)
     decoder = model.model.language_model
     layer, hidden = decoder.layers[0], torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(0))
     valid = torch.ones(2, 12, dtype=torch.bool)

@@ -139,7 +139,7 @@ def modules_that_run(decoder, images, length, rows, config):
 @pytest.mark.parametrize("block", [1, 1 << 23])
 def test_every_rank_trains_through_the_same_modules(name, block, monkeypatch):
     """With or without images, long or short, in one block of rows or many: ZeRO-3 gathers weights module by module."""
-    monkeypatch.setattr("duet.signals._BLOCK_ELEMENTS", block)
+    monkeypatch.setattr("duet.kernels.reference.BLOCK_ELEMENTS", block)
     decoder = small.build().model.language_model.train()
     extremes = [(small.PATCHES, 60, 2), (0, 12, 1), (1, 9, 1)]
     settings = [{}] if name != "sparsevlm" else [{}, {"plus": True}, {"scale": 1.0}]

@@ -28,7 +28,7 @@ class Attention(torch.nn.Module):
 @pytest.mark.parametrize("block", [1 << 23, 7])
 @torch.no_grad()
 def test_tower_signals_equal_slices_of_the_dense_map(class_token, block, monkeypatch):
-    monkeypatch.setattr(signals, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr("duet.kernels.reference.BLOCK_ELEMENTS", block)
     attention, hidden = Attention(), torch.randn(2, 30, 16)
     got, dense, first = TowerSignals(hidden, attention, class_token), attention.dense(hidden), int(class_token)
     patches = dense[:, :, first:, first:]
@@ -46,7 +46,7 @@ def test_tower_signals_equal_slices_of_the_dense_map(class_token, block, monkeyp
 @pytest.mark.parametrize("block", [1 << 23, 9])
 @torch.no_grad()
 def test_decoder_signals_equal_the_eager_attention_of_the_layer(block, monkeypatch):
-    monkeypatch.setattr(signals, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr("duet.kernels.reference.BLOCK_ELEMENTS", block)
     model = small.build(attention="eager").model.language_model
     hidden = torch.randn(2, 12, 32)
     valid = torch.ones(2, 12, dtype=torch.bool)

@@ -70,11 +70,15 @@ def imported_names(tree: ast.AST) -> set[str]:
 
 
 def eager_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements that run when the module is imported: function bodies and TYPE_CHECKING blocks are left out."""
+    """Statements that run when the module is imported, wherever it is.
+
+    Function bodies are left out, and blocks that depend on TYPE_CHECKING or on a package that is there (find_spec).
+    """
     for statement in body:
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.dump(statement.test):
+        guards = ("TYPE_CHECKING", "find_spec")
+        if isinstance(statement, ast.If) and any(guard in ast.dump(statement.test) for guard in guards):
             continue
         yield statement
         for field in ("body", "orelse", "finalbody"):

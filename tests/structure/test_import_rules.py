@@ -28,6 +28,7 @@ OPTIONAL = (
     "skimage",
     "sklearn",
     "torchvision",
+    "triton",
     "wandb",
 )
 
