@@ -8,6 +8,7 @@ from PIL import Image
 import duet
 from duet import DuetConfig
 from duet.budget import DecoderShape, average_tokens, vision_flops
+from duet.calibrate import Calibration
 from duet.methods import METHODS, solve
 from llava.eval.generate import IMAGE_TEMPLATE, Answerer
 from llava.eval.ledger import ModelShape, costs, sample_metadata, summarise
@@ -50,18 +51,20 @@ def ledger(answerer, reduction):
     return summarise(facts, reduction, LAYERS), costs(facts, reduction, shape), facts
 
 
-def solved(name):
+def solved(name, calibration):
+    given = {"options": {"calibration": str(calibration)}} if METHODS[name].solve == "calibrated" else {}
     for budget in BUDGETS:
         try:
-            return solve(name, budget, PATCHES, LAYERS)
+            return solve(name, budget, PATCHES, LAYERS, **given)
         except ValueError:
             continue
     return None
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_measured_average_is_the_closed_formula(answerer, name):
-    config = solved(name)
+def test_the_measured_average_is_the_closed_formula(answerer, tmp_path, name):
+    Calibration(LAYERS, 32, 64, 1, ()).save(tmp_path / "calibration.json")
+    config = solved(name, tmp_path / "calibration.json")
     if config is None or config.adaptive or config.options.get("scale"):
         pytest.skip(f"{name} has no fixed count at {BUDGETS} of {PATCHES} tokens")
     summary, cost, facts = ledger(answerer, config)
