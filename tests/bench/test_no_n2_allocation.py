@@ -119,6 +119,17 @@ def test_stage_2_methods(name):
     stage_2_allocates_no_map(stage2=name)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fastv", {"rows": "every"}), ("sparsevlm", {"plus": True, "recycle": False}), ("sparsevlm", {"scale": 2.0}),
+        ("text_guided", {"causal": False, "recount": True}),
+    ],
+)  # fmt: skip
+def test_stage_2_options(name, options):
+    stage_2_allocates_no_map(stage2=name, options=options, queries="all")
+
+
 def stage_2_allocates_no_map(**options):
     decoder, text = tiny_decoder(), 200
     embeds = torch.randn(1, N + 2 * text, WIDTH)
