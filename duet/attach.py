@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import wraps
 from types import MethodType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
     from duet.question import ClipText
 
 logger = logging.getLogger(__name__)
-_MISSING = object()
+
+
+class _Missing(Enum):
+    """Stands for an attribute that was not there; the same object in a deep copy."""
+
+    MISSING = "missing"
+
+
+_MISSING = _Missing.MISSING
 
 
 @dataclass

@@ -213,7 +213,7 @@ def reduce_pictures(
         project: the projector that follows, for reducers that compare projected tokens.
         question: what is asked about each picture.
     """
-    plans = [plan(config, [len(view.units) for view in layout.views()], has_class) for layout in layouts]
+    plans = [_plan(config, layout, has_class) for layout in layouts]
     reduced = [number for number, mine in enumerate(plans) if any(mine)]
     if reduced and runs_tower_itself(config):
         return _reduce_whole_tiles(tower, tiles_TCHW, select_layer, layouts, config, project)
@@ -232,6 +232,20 @@ def reduce_pictures(
         for number in range(len(layouts))
     ]
     return Reduced(kept, features)
+
+
+def _plan(config: DuetConfig, layout: Layout, has_class: bool) -> list[DuetConfig | None]:
+    """Return what each pass of a picture keeps; nothing is reduced if the model itself makes no more tokens than that.
+
+    Some models shrink pictures of very many tiles.
+    """
+    units = [len(view.units) for view in layout.views()]
+    plans = plan(config, units, has_class)
+    if not config.adaptive:
+        total = sum(size if entry is None else entry.entering for entry, size in zip(plans, units, strict=True))
+        if total >= layout.placeholders:
+            return [None] * len(units)
+    return plans
 
 
 def _reduce(

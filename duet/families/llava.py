@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaForConditionalGeneration
 
 from duet.families import FAMILIES, ModelFacts
@@ -21,6 +21,17 @@ class LlavaFamily(HostFamily):
     host = LlavaForConditionalGeneration
     output = LlavaCausalLMOutputWithPast
     inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+
+    def check(self, model: nn.Module) -> None:
+        """Accept towers with the parts of CLIP's or SigLIP's."""
+        super().check(model)
+        tower: Any = model.model.vision_tower  # type: ignore[union-attr]
+        body = getattr(tower, "vision_model", tower)
+        if not hasattr(body, "embeddings") or not hasattr(getattr(body, "encoder", None), "layers"):
+            raise ValueError(
+                f"the vision tower {type(tower).__name__} is not supported; CLIPVisionModel, SiglipVisionModel and "
+                "towers with their parts are. Another tower is one file: see docs/add-a-family.md"
+            )
 
     def facts(self, model: Any) -> ModelFacts:
         """Return patches, depth and class token from the configuration."""

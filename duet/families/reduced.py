@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from duet import tracing
+from duet.cache import DuetCache
 from duet.decoder import DecoderOutput, run_decoder
 from duet.families import Family
 from duet.families.prompt import Encoded, Pictures, Prompt, first_places, insert, owners, placeholders
@@ -162,6 +163,11 @@ def _read_pictures(
     family = model._duet.family
     prompt = family.place(model, ids_or_embeds, prompt, inputs, cache)
     found = [(p, placeholders(model, ids_or_embeds, p.token_id)) for p in family.pictures(model, inputs)]
+    if found and isinstance(cache, DuetCache) and cache.segments:
+        raise ValueError(
+            "a reduced cache cannot take new pictures, because nothing is ranked after the prefill; pass the whole "
+            "conversation without a cache"
+        )
     if prompt_length is not None:
         for _, marks in found:
             marks[:, prompt_length:] = False  # an answer may name a placeholder, but brings no picture

@@ -134,6 +134,7 @@ def test_deep_copies_are_independent(model):
         assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
         duet.detach(twin)
         assert twin(**inputs).logits.shape[1] > model(**inputs).logits.shape[1]
+        assert not hasattr(twin.config, "duet") and "_old_forward" not in vars(twin)
 
 
 @torch.no_grad()
