@@ -42,10 +42,11 @@ def merge_into_anchors(
 def split_evenly(pool_BP: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return ``count`` evenly spaced entries of the pool, from the first on, and the others. Shapes: [B, C], [B, O]."""
     size = pool_BP.shape[1]
-    # Numbers, not masks: a device would have to report how many marks a mask has.
-    chosen = torch.arange(count) * max(1, size // max(1, count))
-    rest = torch.ones(size).scatter(0, chosen, 0.0).nonzero().flatten()
-    return pool_BP[:, chosen.to(pool_BP.device)], pool_BP[:, rest.to(pool_BP.device)]
+    chosen = [number * max(1, size // max(1, count)) for number in range(count)]
+    rest = sorted(set(range(size)) - set(chosen))
+    # Numbers, not a mask: a device would have to report how many marks a mask has.
+    chosen, rest = (torch.tensor(places, dtype=torch.long, device=pool_BP.device) for places in (chosen, rest))
+    return pool_BP[:, chosen], pool_BP[:, rest]
 
 
 def join_anchors(tower: TowerOutput, anchors_BC: Tensor, others_BO: Tensor, merge: str) -> tuple[Tensor, Tensor]:
