@@ -54,7 +54,7 @@ class MeanQuestion:
         """
         if tower.project is None:
             raise ValueError("patches cannot be compared with the question without project=, the model's projector")
-        patches = nn.functional.normalize(tower.project(tower.patches).float(), dim=-1)
+        patches = nn.functional.normalize(tower.embedded(), dim=-1)
         words = nn.functional.normalize(self.embedding.float(), dim=-1)
         return (patches @ words.to(patches.device).unsqueeze(-1)).squeeze(-1)
 

@@ -68,6 +68,10 @@ class TowerOutput:
         """Patch features, [B, N, D]."""
         return self.features[:, 1:] if self.class_token else self.features
 
+    def embedded(self) -> Tensor:
+        """Return projected patches (tower features where no projector is known), [B, N, W] in fp32."""
+        return (self.patches if self.project is None else self.project(self.patches)).float()
+
     def select(self, index_B: Tensor) -> TowerOutput:
         """Return the passes with the given numbers, every one a picture of its own."""
         index = index_B.to(self.features.device)

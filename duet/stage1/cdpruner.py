@@ -35,8 +35,7 @@ class CDPruner:
     def __call__(self, tower: TowerOutput, config: DuetConfig) -> VisionReduction:
         """Return K = ``config.entering`` patches in raster order. Shapes: features [B, M, D]."""
         with torch.no_grad():
-            embedded = tower.patches if tower.project is None else tower.project(tower.patches)
-            unit = torch.nn.functional.normalize(embedded.float(), dim=-1)
+            unit = torch.nn.functional.normalize(tower.embedded(), dim=-1)
             weight = unit_range(relevance(tower), whole_batch=config.variant == "release")
             chosen = most_probable_subset(unit, weight, config.entering)
         return keep_patches(tower, chosen)

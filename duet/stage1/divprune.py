@@ -36,8 +36,7 @@ VISION_REDUCERS.register("divprune")(DivPrune())
 @torch.no_grad()
 def farthest_subset(tower: TowerOutput, count: int) -> Tensor:
     """Return the picks in the order in which they were made. Shapes: [B, ``count``]."""
-    embedded = tower.patches if tower.project is None else tower.project(tower.patches)
-    unit = torch.nn.functional.normalize(embedded.float(), dim=-1)
+    unit = torch.nn.functional.normalize(tower.embedded(), dim=-1)
     nearest = _nearest_distance(unit)
     picks = nearest.argmax(1, keepdim=True)
     nearest = torch.full_like(nearest, float("inf"))

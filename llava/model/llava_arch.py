@@ -162,15 +162,19 @@ class LlavaMetaForCausalLM(ABC):
         """
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
         reduction = self.reduction
+
+        def project(features: Tensor) -> Tensor:
+            weight = next(projector.parameters(), None)
+            return projector(features if weight is None else features.to(weight.dtype))
+
         # Only what is set is passed on, for projects that replace the tower's forward or encode_images.
         further = {"reduction": reduction, "question": question, "tiles": tiles, "layouts": layouts}
-        further |= {"project": projector} if reduction is not None else {}
+        further |= {"project": project} if reduction is not None else {}
         features = tower(images, **{name: value for name, value in further.items() if value is not None})
         ragged = isinstance(features, list)
         # One call, whatever the pictures are: under ZeRO-3 every rank must call every module equally often.
         flat = torch.cat([one.flatten(0, -2) for one in features]) if ragged else features
-        weight = next(projector.parameters(), None)
-        projected = projector(flat if weight is None else flat.to(weight.dtype))
+        projected = project(flat)
         if not ragged:
             return projected
         parts = projected.split([one[..., 0].numel() for one in features])

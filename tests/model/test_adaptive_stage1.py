@@ -133,6 +133,16 @@ def test_answers_and_padding_do_not_ask(model):
     assert sources(model, input_ids=ids, images=picture) != asked
 
 
+@pytest.mark.parametrize("stage1", ["divprune", "cdpruner"])
+def test_a_projector_of_another_precision(stage1):
+    model = golden_model().eval()
+    model.get_vision_tower().to(torch.bfloat16)
+    model.set_reduction(DuetConfig(stage1=stage1, dominant=20, contextual=0, schedule={}))
+    with torch.no_grad():
+        features = model.encode_images(pixels("coffee")[None])
+    assert features.shape == (1, 20, 64) and features.isfinite().all() and features.dtype == torch.float32
+
+
 class Spy:
     """A text encoder that remembers what it was asked and knows nothing."""
 
