@@ -127,18 +127,16 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(index)
-        ctx.shapes = [x.shape for x in tensors]
+        ctx.save_for_backward(index, *(_shape_of(x) for x in tensors))
         outs = _launch_gather(tensors, index)
         ctx.mark_non_differentiable(*(out for out in outs if not out.is_floating_point()))
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (index,) = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:]
-        parts = zip(grads, ctx.shapes, needed, strict=True)
-        return None, *(_scatter(grad, index, shape) if need else None for grad, shape, need in parts)
+        index, *like = ctx.saved_tensors
+        parts = zip(grads, like, ctx.needs_input_grad[1:], strict=True)
+        return None, *(_scatter(grad, index, x.shape) if needed else None for grad, x, needed in parts)
 
 
 def _scatter(grad: Tensor | None, index_BK: Tensor, shape: torch.Size) -> Tensor | None:
@@ -188,8 +186,7 @@ class _ClusterMeans(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, members: Tensor) -> Tensor:
         x, members = _with_dense_rows(x), members.contiguous()
-        ctx.save_for_backward(members)
-        ctx.rows = x.shape[1]
+        ctx.save_for_backward(members, _shape_of(x))
         (batch, clusters, width), size = members.shape, x.shape[-1]
         out = x.new_empty(batch, clusters, size)
         block = min(256, _power_of_two(size))
@@ -201,13 +198,13 @@ class _ClusterMeans(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (members,) = ctx.saved_tensors
-        (batch, clusters, width), size = members.shape, grad_out.shape[-1]
-        grad = grad_out.new_empty(batch, ctx.rows, size)
-        grid = (_cdiv(ctx.rows, 32), _cdiv(size, 64), batch)
+        members, like = ctx.saved_tensors
+        (batch, clusters, width), (_, rows, size) = members.shape, like.shape
+        grad = grad_out.new_empty(batch, rows, size)
+        grid = (_cdiv(rows, 32), _cdiv(size, 64), batch)
         with _on(grad.device):
             _source().cluster_means_backward[grid](
-                grad_out.contiguous(), members, grad, ctx.rows, clusters, size, W=width, UPCAST=_upcast(grad),
+                grad_out.contiguous(), members, grad, rows, clusters, size, W=width, UPCAST=_upcast(grad),
                 BLOCK_N=32, BLOCK_C=32, BLOCK_D=64,
             )  # fmt: skip
         return grad, None
@@ -227,6 +224,11 @@ def interpreted() -> bool:
 
 def _upcast(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and interpreted()
+
+
+def _shape_of(x: Tensor) -> Tensor:
+    """Return one number in the shape of a tensor, to keep for a backward pass that asks for nothing else."""
+    return x.new_empty(()).expand(x.shape)
 
 
 def _on(device: torch.device) -> AbstractContextManager:
