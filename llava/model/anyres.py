@@ -12,7 +12,7 @@ from duet import DuetConfig
 from duet.families.anyres import Layout
 from duet.families.passes import plan, runs_tower_itself
 from duet.stage1 import VISION_REDUCERS
-from llava.mm_utils import get_anyres_image_grid_shape
+from llava.mm_utils import get_anyres_image_grid_shape, read_pinpoints
 
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 
@@ -146,6 +146,27 @@ def count_tokens(layout: Layout, reduction: DuetConfig | None, class_token: bool
     if getattr(VISION_REDUCERS.get(reduction.stage1), "shares_tiles", False):
         return min(sum(shown), budgets[0] * layout.passes)
     return sum(budgets) + sum(count for wanted, count in zip(plans, shown, strict=True) if wanted is None)
+
+
+@dataclass(frozen=True)
+class TokenCounter:
+    """How many visual tokens pictures of a size hand to the language model, known before any is read.
+
+    Attributes:
+        tiling: How the model lays out tiles.
+        reduction: The reduction in force.
+    """
+
+    tiling: Tiling
+    reduction: DuetConfig | None
+
+    def __call__(self, size: tuple[int, int]) -> int:
+        """Count for a picture of (width, height); see `count_tokens`."""
+        return count_tokens(self.tiling.layout(size), self.reduction)
+
+    def most(self) -> int:
+        """Count for the picture that has most."""
+        return max(map(self, read_pinpoints(self.tiling.pinpoints, self.tiling.image_size)))
 
 
 def merge_tiles(

@@ -93,6 +93,7 @@ class DataArguments:
         self.image_processor: Any = None
         self.mm_use_im_start_end = False
         self.visual_tokens_per_image: int | None = None
+        self.count_visual_tokens: Any = None
         self.bad_sample_file: str | None = None
 
 

@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, set_seed
 
 from llava import conversation as conversation_lib
+from llava.mm_utils import read_pinpoints
+from llava.model.anyres import MERGE_TYPES, Tiling, TokenCounter
 from llava.model.hf_layout import hf_model_type, is_hf_llava
 from llava.model.language_model.causal_lm import clean_generation_config
 from llava.tokenization import load_tokenizer
@@ -98,6 +100,12 @@ def set_up_vision(args: RunArguments, model: Any, tokenizer: Any) -> None:
     """Build tower and projector, and write what belongs to them into the config and the data flags."""
     model_args, data, training = args.model, args.data, args.training
     inner = getattr(model, "get_base_model", lambda: model)()
+    before = getattr(inner.config, "image_aspect_ratio", None)
+    if before is not None and before != data.image_aspect_ratio and "anyres" in (before, data.image_aspect_ratio):
+        logger.warning(
+            "%s has image_aspect_ratio %r and is now trained with %r, as --image_aspect_ratio says",
+            model_args.model_name_or_path, before, data.image_aspect_ratio,
+        )  # fmt: skip
     inner.get_model().initialize_vision_modules(model_args=model_args, fsdp=training.fsdp)
     tower = inner.get_vision_tower()
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
@@ -106,8 +114,7 @@ def set_up_vision(args: RunArguments, model: Any, tokenizer: Any) -> None:
     data.is_multimodal = True
     config = inner.config
     config.image_aspect_ratio = data.image_aspect_ratio
-    if data.image_grid_pinpoints is not None:
-        config.image_grid_pinpoints = data.image_grid_pinpoints
+    set_up_tiles(args, config, tower)
     config.tokenizer_padding_side = tokenizer.padding_side
     config.tokenizer_model_max_length = training.tokenizer_model_max_length or training.model_max_length
     config.mm_projector_lr = training.mm_projector_lr
@@ -123,6 +130,36 @@ def set_up_vision(args: RunArguments, model: Any, tokenizer: Any) -> None:
     # Whole turns that would not fit the context with their images are left out by the dataset.
     patches = tower.num_patches
     data.visual_tokens_per_image = patches if reduction is None else reduction.entering_tokens(patches)
+    if data.image_aspect_ratio == "anyres":
+        data.count_visual_tokens = TokenCounter(Tiling.of(config, tower.config), reduction)
+        data.visual_tokens_per_image = data.count_visual_tokens.most()
+
+
+def set_up_tiles(args: RunArguments, config: Any, tower: Any) -> None:
+    """Write how pictures are cut into tiles into the config and the data flags.
+
+    Raises:
+        ValueError: pinpoints that are missing or cannot be used, or tiles to be laid out where there are none.
+    """
+    data = args.data
+    if data.image_grid_pinpoints is not None:
+        config.image_grid_pinpoints = data.image_grid_pinpoints
+    if data.image_aspect_ratio == "anyres":
+        # A checkpoint that was trained with tiles brings its own.
+        data.image_grid_pinpoints = getattr(config, "image_grid_pinpoints", None)
+        try:
+            read_pinpoints(data.image_grid_pinpoints, tower.config.image_size)
+        except ValueError as error:
+            raise ValueError(f"--image_aspect_ratio anyres: {error}") from error
+    elif data.image_aspect_ratio.startswith("anyres"):
+        raise ValueError(f"--image_aspect_ratio {data.image_aspect_ratio}: expected square, pad or anyres")
+    merge = config.mm_patch_merge_type or "flat"
+    if merge not in MERGE_TYPES:
+        raise ValueError(f"--mm_patch_merge_type {merge}: expected {', '.join(MERGE_TYPES)}")
+    if merge != "flat" and data.image_aspect_ratio != "anyres":
+        raise ValueError(
+            f"--mm_patch_merge_type {merge} lays out the tiles of pictures, so it needs --image_aspect_ratio anyres"
+        )
 
 
 def tunable_parts(args: RunArguments) -> set[str]:

@@ -18,7 +18,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle
 from llava.mm_utils import process_images
 from llava.train.collator import DataCollatorForSupervisedDataset
-from llava.train.images import find_image, read_image
+from llava.train.images import find_image, image_size, read_image
 from llava.train.labels import check_caption, preprocess, preprocess_multimodal
 from llava.train.preflight import Report, scan
 from llava.train.records import (
@@ -46,7 +46,8 @@ class LazySupervisedDataset(Dataset):
     Fields of ``data_args``: ``image_folder``, ``image_aspect_ratio``, ``image_grid_pinpoints``, ``is_multimodal``,
     ``image_processor``, ``mm_use_im_start_end``, and optionally ``on_bad_sample`` ("error" or "skip": a bad record
     that is met during training is replaced by the next good one of its modality), ``bad_sample_file`` (where such
-    records are listed) and ``visual_tokens_per_image`` (counted into a sample's length; 1 when absent).
+    records are listed), ``visual_tokens_per_image`` (counted into a sample's length; 1 when absent) and, where that
+    depends on a picture's size, ``count_visual_tokens`` ((width, height) to visual tokens, none of them more).
 
     Attributes:
         list_data_dict: The records.
@@ -201,7 +202,10 @@ class LazySupervisedDataset(Dataset):
         turns = preprocess_multimodal([turns], self.data_args, max(1, len(names)), self.conversation)[0]
         encoded = self._encode_turns(turns, bool(names))
         limit = self._limit()
-        if self._expanded_length(encoded["input_ids"]) <= limit:
+        if self._expanded_length(encoded["input_ids"], [self._most_visual_tokens()] * len(names)) <= limit:
+            return encoded
+        visual = self._visual_tokens(names)
+        if self._expanded_length(encoded["input_ids"], visual) <= limit:
             return encoded
         system, said = split_system(turns)
         head = turns[:1] if system is not None else []
@@ -211,10 +215,10 @@ class LazySupervisedDataset(Dataset):
 
         rounds = range(1, (len(said) + 1) // 2)
         fitting = bisect.bisect_right(
-            rounds, limit, key=lambda count: self._expanded_length(shortened(count)["input_ids"])
+            rounds, limit, key=lambda count: self._expanded_length(shortened(count)["input_ids"], visual)
         )
         if fitting == 0:
-            first = self._expanded_length(shortened(1)["input_ids"])
+            first = self._expanded_length(shortened(1)["input_ids"], visual)
             raise BadSampleError(
                 f"the first question and answer take {first} tokens with their images, the context holds {limit}; "
                 "shorten the record or raise --model_max_length",
@@ -230,10 +234,23 @@ class LazySupervisedDataset(Dataset):
         limit = self.tokenizer.model_max_length
         return int(limit) if limit < _NO_LIMIT else _NO_LIMIT
 
-    def _expanded_length(self, input_ids: torch.Tensor) -> int:
-        """Length after every image slot became ``visual_tokens_per_image`` tokens."""
-        per_image = getattr(self.data_args, "visual_tokens_per_image", None) or 1
-        return len(input_ids) + int((input_ids == IMAGE_TOKEN_INDEX).sum()) * (per_image - 1)
+    def _most_visual_tokens(self) -> int:
+        """The most that a picture may have."""
+        return getattr(self.data_args, "visual_tokens_per_image", None) or 1
+
+    def _visual_tokens(self, names: list[str]) -> list[int]:
+        """Visual tokens of every picture; its header is read where they depend on its size."""
+        count = getattr(self.data_args, "count_visual_tokens", None)
+        if count is None:
+            return [self._most_visual_tokens()] * len(names)
+        folder = getattr(self.data_args, "image_folder", None)
+        return [count(image_size(find_image(folder, name))) for name in names]
+
+    @staticmethod
+    def _expanded_length(input_ids: torch.Tensor, visual: list[int]) -> int:
+        """Length after every image slot became as many tokens as its picture has."""
+        slots = int((input_ids == IMAGE_TOKEN_INDEX).sum())
+        return len(input_ids) - slots + sum(visual[:slots])
 
     def check_fit(self, record: Record) -> None:
         """Refuse a good record that does not suit the template, or whose first turns exceed the context.
@@ -242,10 +259,10 @@ class LazySupervisedDataset(Dataset):
         """
         if self.conversation.sep_style is SeparatorStyle.PLAIN:
             check_caption(record["conversations"])
-        per_image = getattr(self.data_args, "visual_tokens_per_image", None) or 1
         text = sum(len(turn["value"].encode("utf-8")) for turn in record["conversations"][:3])
         # A token stands for at least one byte; 64 pays for roles, separators and word-start marks.
-        bound = text + len(self.conversation.system.encode("utf-8")) + 64 + per_image * len(images_of(record))
+        bound = text + len(self.conversation.system.encode("utf-8")) + 64
+        bound += self._most_visual_tokens() * len(images_of(record))
         if bound > self._limit():
             self.encode(record)
 

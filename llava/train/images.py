@@ -79,7 +79,16 @@ def probe_image(path: str, decode: bool = False) -> None:
     """
     if decode:
         read_image(path)
-        return
+    else:
+        image_size(path)
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """Read (width, height) of a picture from the file's header.
+
+    Raises:
+        BadSampleError: If the file is no picture.
+    """
     try:
         with Image.open(path) as image:
             size = image.size
@@ -87,6 +96,7 @@ def probe_image(path: str, decode: bool = False) -> None:
         raise _corrupt(path, error) from error
     if min(size) < 1:
         raise BadSampleError(f"image {path!r} has no pixels: size {size}", "corrupt image")
+    return size
 
 
 def _corrupt(path: str, error: BaseException) -> BadSampleError:

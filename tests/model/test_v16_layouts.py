@@ -202,7 +202,7 @@ def _tokens(model, size):
 
 
 def test_processors_agree(folders, models):
-    """Tiles of transformers' processor for the same pinpoints are ours, but for rounding to 8 bits (1/255/std = 0.015)."""
+    """Tiles of transformers' processor for the same pinpoints are ours, up to rounding to 8 bits (0.015)."""
     _, model, image_processor, _ = models["original"]
     processor = AutoProcessor.from_pretrained(folders["hf"])
     for size in SIZES:
