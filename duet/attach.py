@@ -62,7 +62,7 @@ class Handle:
         stages = [f"after layer {layer} keep {ratio:g}" for layer, ratio in self.config.schedule.items()]
         return (
             f"DUET on {self._host_class.__name__}: {self._tokens()} (stage 1: {self.config.stage1}, "
-            f"{self.config.variant}), stages in the decoder: {', '.join(stages) or 'none'}{self._average()}"
+            f"{self.config.variant}){self._over_time()}, stages in the decoder: {', '.join(stages) or 'none'}{self._average()}"
         )
 
     def _tokens(self) -> str:
@@ -75,6 +75,12 @@ class Handle:
             return f"{patches} -> {config.entering_tokens(patches)} visual tokens per {unit}"
         kept = "all" if config.stage1 == "none" else f"{config.dominant} + {config.contextual}"
         return f"{kept} visual tokens per frame, of as many as its size gives"
+
+    def _over_time(self) -> str:
+        keep = self.config.across_frames
+        if keep is None:
+            return ""
+        return f", merged over time to {f'{keep:.0%}' if isinstance(keep, float) else keep} of a video's tokens"
 
     def _average(self) -> str:
         config, facts = self.config, self.facts

@@ -47,6 +47,9 @@ class DuetConfig:
         options: settings that only the chosen methods know, by name; each has a default (see ``Registry.register``).
         per: what has ``dominant + contextual`` tokens: ``"pass"``, every tower pass (a tile, a frame), so that larger
             pictures keep more; or ``"picture"``, an image or a video, whose passes share the counts evenly.
+        across_frames: how many of the tokens that stage 1 leaves of a video's frames stay, as a count or as a share
+            between 0 and 1; the others repeat what earlier frames show at their place and are averaged into those
+            (``duet.over_time``). None leaves every frame its own tokens.
 
     Raises:
         ValueError: a field is out of range; the message names it.
@@ -67,6 +70,7 @@ class DuetConfig:
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     per: str = "pass"
+    across_frames: int | float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", _clean_schedule(self.schedule))
@@ -97,6 +101,7 @@ class DuetConfig:
         _check_count("salient_tokens", self.salient_tokens, least=1)
         _check_choice("variant", self.variant, VARIANTS)
         _check_choice("per", self.per, PER)
+        _check_across_frames(self.across_frames)
         if self.stage1 != "none":
             from duet.stage1 import VISION_REDUCERS
 
@@ -264,7 +269,7 @@ class DuetConfig:
 
     def is_noop(self, patches: int) -> bool:
         """Return whether nothing is removed or changed for a tower pass of ``patches`` patches."""
-        all_kept = self.stage1 == "none" or self.keeps_every_patch(patches)
+        all_kept = self.across_frames is None and (self.stage1 == "none" or self.keeps_every_patch(patches))
         return all_kept and all(ratio == 1.0 for ratio in self.schedule.values())
 
     def keeps_every_patch(self, patches: int) -> bool:
@@ -282,7 +287,8 @@ class DuetConfig:
         out["schedule"] = {str(layer): ratio for layer, ratio in self.schedule.items()}
         out["queries"] = self.queries if isinstance(self.queries, str) else list(self.queries)
         out["options"] = dict(self.options)
-        for name, usual in (("options", {}), ("per", "pass")):  # left out, so that digests of older settings stay
+        # left out, so that digests of older settings stay
+        for name, usual in (("options", {}), ("per", "pass"), ("across_frames", None)):
             if out[name] == usual:
                 del out[name]
         return out
@@ -356,6 +362,15 @@ def _check_count_or_share(name: str, value: object) -> None:
         _check_count(name, value, least=0)
     elif not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be a count (an integer) or a share between 0 and 1, got {value!r}")
+
+
+def _check_across_frames(value: object) -> None:
+    if isinstance(value, float) and not 0.0 < value < 1.0:
+        raise ValueError(
+            f"across_frames must be a count, a share between 0 and 1, or None to merge none, got {value!r}"
+        )
+    if value is not None and not isinstance(value, float):
+        _check_count("across_frames", value, least=1)
 
 
 def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -215,8 +215,8 @@ def record_vision(reduction: VisionReduction) -> None:
 
     whole = reduction.is_whole
     for active in _ACTIVE.get():
-        active.tower_passes += len(reduction.source)
-        active.whole_passes += len(reduction.source) * int(whole)
+        active.tower_passes += len(reduction.source) * reduction.passes
+        active.whole_passes += len(reduction.source) * reduction.passes * int(whole)
         if not active.record_images:
             continue
         kinds = reduction.kind.expand_as(reduction.source)

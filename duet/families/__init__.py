@@ -56,9 +56,18 @@ class Family(ABC):
         """Raise ValueError if this particular model cannot be reduced."""
         del model
 
+    @property
+    def takes_videos(self) -> bool:
+        """Whether the model has an input for videos, so that their frames can be told from images."""
+        return False
+
     def check_config(self, model: Any, config: DuetConfig) -> None:
         """Raise ValueError if a configuration cannot work with this family."""
-        del model, config
+        if config.across_frames is not None and not self.takes_videos:
+            raise ValueError(
+                f"across_frames merges the frames of a video, but model_type {model.config.model_type!r} has no input "
+                "for videos; leave it out"
+            )
 
 
 FAMILIES: Registry[Family] = Registry("model family", "duet.families")

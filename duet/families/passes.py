@@ -15,6 +15,7 @@ from torch import Tensor
 
 from duet import tracing
 from duet.config import DuetConfig
+from duet.over_time import merge_over_time
 from duet.signals import TowerSignals
 from duet.stage1 import NEWLINE, VISION_REDUCERS, TowerOutput, VisionReduction
 from duet.vision import encode_vision, run_tower
@@ -273,30 +274,37 @@ class Frames:
 def encode_frames(how: Frames, videos_VFCHW: Tensor, config: DuetConfig, question: Question | None) -> list[Tensor]:
     """Return the tokens of each video, [K, D], frame after frame.
 
-    Frames that are reduced go through the tower a few at a time. Without reduction a class token stays with its frame,
-    and the newline with its video.
+    Frames that are reduced go through the tower a few at a time, and are then merged over time where
+    ``config.across_frames`` says so. Without either a class token stays with its frame, and the newline with its video.
+
+    Raises:
+        ValueError: a vision reducer that works inside the tower where tokens are made, or merged, after it.
     """
     videos, frames = videos_VFCHW.shape[:2]
     pixels = videos_VFCHW.flatten(0, 1)
     plans = plan(config, [len(how.view.units)] * frames, how.class_token)
-    if not any(plans):
+    merges = config.across_frames is not None and frames > 1
+    if not any(plans) and not merges:
         return _left_whole(how, pixels, frames)
-    if runs_tower_itself(config):
+    if config.stage1 != "none" and runs_tower_itself(config):
         return _encode_whole_frames(how, pixels, config, frames)
     if question is not None:
         question = question.select(torch.arange(videos).repeat_interleave(frames))
-    tokens: list[Tensor] = []
+    reduced: list[VisionReduction] = []
     for start in range(0, len(pixels), _PASSES_AT_ONCE):
         numbers = torch.arange(start, min(start + _PASSES_AT_ONCE, len(pixels)))
         output, features = how.run(pixels[start : start + len(numbers)])
         asked = None if question is None else question.select(numbers)
         output = replace(output, project=how.finish, question=asked)
         chosen = [plans[number % frames] for number in numbers.tolist()]
-        for reduction in reduce_passes(output, [how.view] * len(chosen), chosen, features):
-            tracing.record_vision(reduction)
-            tokens.append(reduction.tokens[0])
-    counts = [sum(len(t) for t in tokens[i : i + frames]) for i in range(0, len(tokens), frames)]
-    return list(how.finish(torch.cat(tokens)).split(counts))
+        reduced.extend(reduce_passes(output, [how.view] * len(chosen), chosen, features))
+    each = [reduced[start : start + frames] for start in range(0, len(reduced), frames)]
+    if config.across_frames is not None:
+        each = [[merge_over_time(video, config.across_frames)] for video in each]
+    for reduction in (one for video in each for one in video):
+        tracing.record_vision(reduction)
+    tokens = [torch.cat([one.tokens[0] for one in video]) for video in each]
+    return list(how.finish(torch.cat(tokens)).split([len(video) for video in tokens]))
 
 
 def _encode_whole_frames(how: Frames, pixels_TCHW: Tensor, config: DuetConfig, frames: int) -> list[Tensor]:
@@ -305,6 +313,11 @@ def _encode_whole_frames(how: Frames, pixels_TCHW: Tensor, config: DuetConfig, f
         raise ValueError(
             f"stage1={config.stage1!r} changes pictures or tower blocks, but here one token stands for several patches "
             "after the tower; choose another stage1"
+        )
+    if config.across_frames is not None:
+        raise ValueError(
+            f"stage1={config.stage1!r} changes pictures or tower blocks, so frames have no places in common that "
+            "across_frames could compare; choose another stage1, or leave across_frames out"
         )
     tokens = []
     for pixels in pixels_TCHW.split(_PASSES_AT_ONCE):

@@ -20,7 +20,7 @@ from duet.cache import DuetCache
 from duet.config import DuetConfig
 from duet.families import ModelFacts
 from duet.families.prompt import Encoded, Pictures, Prompt
-from duet.families.qwen_tower import Grid, PackedFeatures, check_reducer, reduce_pictures
+from duet.families.qwen_tower import PackedFeatures, check_reducer, encode_pictures
 from duet.families.reduced import HostFamily
 from duet.question import Question
 
@@ -51,6 +51,7 @@ class QwenFamily(HostFamily):
 
     def check_config(self, model: Any, config: DuetConfig) -> None:
         """Refuse vision reducers that a packed tower cannot serve."""
+        super().check_config(model, config)
         check_reducer(config, model.config.model_type)
 
     def place(self, model: Any, ids_or_embeds: Tensor, prompt: Prompt, inputs: Mapping[str, Any], cache: Any) -> Prompt:
@@ -118,9 +119,9 @@ class QwenFamily(HostFamily):
     def _encode(self, model: Any, pixels: Tensor, grid: Tensor, question: Question | None) -> Encoded:
         """Return the tokens that stage 1 leaves of the pictures, and what is added to them later."""
         tower = model.model.visual
-        packed = self.run_tower(tower, pixels.type(tower.dtype), grid)
-        grids: list[Grid] = [(int(t), int(h), int(w)) for t, h, w in grid.tolist()]
-        reduced = reduce_pictures(packed, grids, tower.spatial_merge_size, model._duet.config, question)
+        run = partial(self.run_tower, tower)
+        pixels = pixels.type(tower.dtype)
+        reduced = encode_pictures(run, pixels, grid, tower.spatial_merge_size, model._duet.config, question)
         for picture in reduced:
             for frames in picture.frames:
                 tracing.record_vision(frames)

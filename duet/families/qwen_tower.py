@@ -10,7 +10,7 @@ Shapes: P patches of a call, U units of a call, F frames of one picture, N units
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from duet import kernels
 from duet.config import DuetConfig
-from duet.families.passes import UnitSignals, View, plan
+from duet.families.passes import UnitSignals, View, plan, singles
 from duet.grids import pooled_grid
+from duet.over_time import merge_over_time
 from duet.signals import TowerSignals, attention_rows, rotate
 from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, in_raster_order
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 Grid = tuple[int, int, int]
 """Frames, rows and columns of a picture, in patches."""
 
-_PATCHES_AT_ONCE = 8192  # of the frames that stage 1 looks at together; bounds memory in long videos
+_PATCHES_AT_ONCE = 8192  # of the frames that tower and stage 1 look at together; bounds memory in long videos
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,94 @@ class Picture:
     frames: list[VisionReduction]
 
 
+def encode_pictures(
+    run: Callable[[Tensor, Tensor], PackedFeatures],
+    pixels: Tensor,
+    grid: Tensor,
+    merge: int,
+    config: DuetConfig,
+    question: Question | None = None,
+) -> list[Picture]:
+    """Run the tower and reduce what it gives, so many frames at once that memory hardly depends on how many there are.
+
+    Frames do not see each other in the tower. Pictures that stay whole take one call, as without DUET.
+
+    Args:
+        run: the tower and its mergers, from pixels [P, ..] and grid [pictures, 3].
+        pixels: [P, ..] patches of all pictures.
+        grid: [pictures, 3] frames, rows and columns of each, in patches.
+        merge: patches per side of a unit.
+        config: counts per frame (or per picture, which its frames share), or shares.
+        question: what is asked about each picture, for reducers that listen.
+    """
+    grids: list[Grid] = [(int(t), int(h), int(w)) for t, h, w in grid.tolist()]
+    plans = [_plans(grid, merge, config) for grid in grids]
+    pieces = [(number, 0, grid[0]) for number, grid in enumerate(grids)]
+    steps = [pieces]
+    if any(map(any, plans)) or (config.across_frames is not None and any(frames > 1 for frames, _, _ in grids)):
+        steps = list(_steps(grids, _PATCHES_AT_ONCE))
+    parts: list[list[Picture]] = [[] for _ in grids]
+    first = 0
+    for step in steps:
+        some = [(stop - start, *grids[number][1:]) for number, start, stop in step]
+        end = first + sum(map(math.prod, some))
+        packed = run(pixels[first:end], grid.new_tensor(some))
+        numbers = torch.tensor([number for number, _, _ in step], device=packed.ranked_input.device)
+        chosen = [plans[number][start:stop] for number, start, stop in step]
+        asked = None if question is None else question.select(numbers)
+        reduced = reduce_pictures(packed, some, merge, config, asked, chosen)
+        for (number, start, _), part in zip(step, reduced, strict=True):
+            skipped = start * grids[number][1] * grids[number][2] // merge**2
+            parts[number].append(replace(part, index=part.index + skipped))
+        first = end
+    pictures = [_joined(some) for some in parts]
+    if config.across_frames is None:
+        return pictures
+    return [
+        _merged_over_time(picture, config.across_frames) if frames > 1 else picture
+        for picture, (frames, _, _) in zip(pictures, grids, strict=True)
+    ]
+
+
+def _steps(grids: list[Grid], most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Return pieces (picture, first frame, end) that go through the tower together: at most so many patches."""
+    step, room = [], most
+    for number, (frames, rows, columns) in enumerate(grids):
+        start = 0
+        while start < frames:
+            count = min(frames - start, room // (rows * columns))
+            if count == 0 and step:
+                yield step
+                step, room = [], most
+                continue
+            count = max(1, count)
+            step.append((number, start, start + count))
+            start, room = start + count, room - count * rows * columns
+    yield step
+
+
+def _joined(parts: list[Picture]) -> Picture:
+    """Return a picture whose frames were reduced in several steps."""
+    if len(parts) == 1:
+        return parts[0]
+    levels = [torch.cat(level) for level in zip(*(part.levels for part in parts), strict=True)]
+    return Picture(levels, torch.cat([part.index for part in parts]), [one for part in parts for one in part.frames])
+
+
+def _merged_over_time(picture: Picture, keep: int | float) -> Picture:
+    """Return a picture of which tokens that repeat earlier frames were merged into those."""
+    whole = merge_over_time([one for frames in picture.frames for one in singles(frames)], keep)
+    width = picture.levels[0].shape[-1]
+    return Picture(list(whole.tokens[0].split(width, dim=-1)), whole.source[0], [whole])
+
+
 def reduce_pictures(
-    packed: PackedFeatures, grids: list[Grid], merge: int, config: DuetConfig, question: Question | None = None
+    packed: PackedFeatures,
+    grids: list[Grid],
+    merge: int,
+    config: DuetConfig,
+    question: Question | None = None,
+    plans: Sequence[list[DuetConfig | None]] | None = None,
 ) -> list[Picture]:
     """Reduce every picture by itself, frame by frame: ``k1 + k2`` tokens of each frame that has more units than that.
 
@@ -198,27 +285,38 @@ def reduce_pictures(
         merge: patches per side of a unit.
         config: counts per frame (or per picture, which its frames share), or shares.
         question: what is asked about each picture, for reducers that listen.
+        plans: what each frame keeps, where ``grids`` are parts of pictures; None plans whole ones.
 
     Source: METHODS 2.8 and 6 (the released code for Qwen2.5-VL); Algorithm 1 for ``variant="paper"``.
     """
     pictures, start = [], 0
+    plans = [_plans(grid, merge, config) for grid in grids] if plans is None else plans
     for number, (frames, rows, columns) in enumerate(grids):
         stop = start + frames * rows * columns
         part = packed.part(start, stop, merge**2)
         asked = None
         if question is not None:
             asked = question.select(torch.full((frames,), number, device=part.ranked_input.device))
-        pictures.append(_reduce_picture(part, frames, (rows // merge, columns // merge), merge**2, config, asked))
+        pictures.append(_reduce_picture(part, (rows // merge, columns // merge), merge**2, plans[number], asked))
         start = stop
     return pictures
 
 
+def _plans(grid: Grid, merge: int, config: DuetConfig) -> list[DuetConfig | None]:
+    """Return what each frame of a picture keeps."""
+    units = (grid[1] // merge, grid[2] // merge)
+    return [_fit_pool(one, units) for one in plan(config, [math.prod(units)] * grid[0], has_class=False)]
+
+
 def _reduce_picture(
-    packed: PackedFeatures, frames: int, grid: tuple[int, int], unit: int, config: DuetConfig, question: Question | None
+    packed: PackedFeatures,
+    grid: tuple[int, int],
+    unit: int,
+    plans: list[DuetConfig | None],
+    question: Question | None,
 ) -> Picture:
-    count, width = math.prod(grid), packed.levels[0].shape[-1]
+    frames, count, width = len(plans), math.prod(grid), packed.levels[0].shape[-1]
     features = torch.cat(packed.levels, dim=-1).unflatten(0, (frames, count))
-    plans = [_fit_pool(one, grid) for one in plan(config, [count] * frames, has_class=False)]
     if not any(plans):
         whole = replace(VisionReduction.identity(features, False, grid), grid=grid)
         return Picture(packed.levels, torch.arange(frames * count, device=features.device), [whole])

@@ -133,6 +133,11 @@ class HostFamily(Family):
     def pictures(self, model: Any, inputs: Mapping[str, Any]) -> list[Pictures]:
         """Return the images and the videos of a batch, one entry per kind that ``inputs`` holds."""
 
+    @property
+    def takes_videos(self) -> bool:
+        """Whether the model has an input for videos."""
+        return "pixel_values_videos" in self.inputs
+
     def decoder(self, model: Any) -> Any:
         """Return the language model without its head."""
         return model.model.language_model

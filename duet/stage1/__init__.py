@@ -124,6 +124,7 @@ class VisionReduction:
         members: [B, C, W] patches that each of an image's last C (contextual) tokens averages, padded with -1.
         grid: (rows, columns) of patches.
         counts: [B] tokens of each image, which stand in front of padding; None where every image has all K.
+        passes: tower passes that each image stands for; a video that was merged over time stands for all its frames.
     """
 
     tokens: Tensor
@@ -132,6 +133,7 @@ class VisionReduction:
     members: Tensor
     grid: tuple[int, int] = (0, 0)
     counts: Tensor | None = None
+    passes: int = 1
 
     @property
     def is_whole(self) -> bool:
