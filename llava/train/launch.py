@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llava.train import runtime
 from llava.train.callbacks import EXIT_STOPPED, LAUNCHER_PID
 from llava.train.checkpoints import RUN_MARKER, checkpoints, write_json_atomically
+from llava.train.hf_plan import HfPlan
 
 if TYPE_CHECKING:
     from llava.train.plan import Devices, Plan, Stage
@@ -47,15 +48,15 @@ HARMLESS = frozenset(
 )
 
 
-def training_command(devices: Devices, arguments: list[str], port: int) -> list[str]:
-    """The command that starts `llava.train.train` on every rank.
+def training_command(devices: Devices, arguments: list[str], port: int, module: str = "llava.train.train") -> list[str]:
+    """The command that starts a training module on every rank.
 
     Args:
         devices: ranks, nodes and launcher.
         arguments: training flags.
         port: where the ranks meet.
+        module: what trains.
     """
-    module = "llava.train.train"
     ranks = str(devices.per_node)
     if devices.launcher == "deepspeed":
         # The launcher refuses a number of devices next to a hostfile that lists them.
@@ -210,7 +211,7 @@ def run_stage(plan: Plan, stage: Stage, runner: Runner) -> int:
     stage.output.mkdir(parents=True, exist_ok=True)
     write_json_atomically(stage.output / PLAN_FILE, comparable(stage))
     port = int(os.environ.get("MASTER_PORT") or runtime.free_port())
-    return runner.run(kind, training_command(plan.devices, stage.arguments(), port))
+    return runner.run(kind, training_command(plan.devices, stage.arguments(), port, plan.job.module))
 
 
 def build_tiny_data(plan: Plan, runner: Runner) -> int:
@@ -242,20 +243,42 @@ def evaluate_tiny(plan: Plan, runner: Runner) -> int:
     return 0
 
 
+def run_all(steps: list[tuple[str, list[str]]], runner: Runner) -> int:
+    """Run commands one after the other; returns the exit code of the first that fails."""
+    for title, command in steps:
+        code = runner.run(title, command)
+        if code != 0:
+            return code
+    return 0
+
+
+def prepare(plan: Plan, runner: Runner) -> int:
+    """Make what the plan needs and generates itself."""
+    if isinstance(plan, HfPlan):
+        return run_all(plan.before(), runner)
+    return build_tiny_data(plan, runner) if plan.uses_tiny_world else 0
+
+
+def follow_up(plan: Plan, runner: Runner) -> int:
+    """Evaluate what was trained in the tiny world."""
+    if isinstance(plan, HfPlan):
+        return run_all(plan.after(), runner)
+    return evaluate_tiny(plan, runner) if plan.uses_tiny_world and plan.job.last == "finetune" else 0
+
+
 def execute(plan: Plan) -> int:
     """Carry out a plan that lacks nothing.
 
     Returns:
         The exit code of the first step that failed; 0 when all went well, 143 when SIGTERM stopped it after saving.
     """
-    tiny = plan.recipe.name == "tiny"
     with Runner(plan.devices) as runner:
-        code = build_tiny_data(plan, runner) if tiny else 0
+        code = prepare(plan, runner)
         for stage in plan.stages:
             if code == 0:
                 code = run_stage(plan, stage, runner)
-        if code == 0 and tiny and plan.job.last == "finetune":
-            code = evaluate_tiny(plan, runner)
+        if code == 0:
+            code = follow_up(plan, runner)
     if code == EXIT_STOPPED:
         sys.stderr.write("stopped by SIGTERM; the same command resumes\n")
     return code

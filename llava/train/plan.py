@@ -119,6 +119,17 @@ class Plan:
         """False when something that is needed is missing."""
         return not any(item.fatal for item in self.missing)
 
+    @property
+    def uses_tiny_world(self) -> bool:
+        """Whether data of the tiny world is generated where it is absent."""
+        return self.recipe.name == "tiny"
+
+    def describe(self) -> str:
+        """The plan in words."""
+        from llava.train.plan_text import describe
+
+        return describe(self)
+
 
 def find_devices(env: Mapping[str, str], accelerators: int | None = None) -> Devices:
     """Find out what the run can use.
@@ -209,7 +220,7 @@ def resolve(
     """Work out what a script does.
 
     Args:
-        job_name: one of `recipes.JOBS`.
+        job_name: one of `recipes.JOBS` or `hf_recipes.JOBS`.
         env: environment variables; default: the process's.
         overrides: training flags; reduction flags hold for both stages, the others for the last one.
         accelerators: how many devices to assume; default: what torch sees.
@@ -217,9 +228,15 @@ def resolve(
     Raises:
         ValueError: an unknown job or recipe, or a value that cannot be used.
     """
+    from llava.train import hf_recipes
+
     env = os.environ if env is None else env
+    if job_name in hf_recipes.JOBS:
+        from llava.train.hf_plan import resolve_hf
+
+        return resolve_hf(job_name, env, overrides, accelerators)
     if job_name not in JOBS:
-        raise ValueError(f"unknown job {job_name!r}: expected one of {', '.join(JOBS)}")
+        raise ValueError(f"unknown job {job_name!r}: expected one of {', '.join([*JOBS, *hf_recipes.JOBS])}")
     job, devices = JOBS[job_name], find_devices(env, accelerators)
     name = env.get("RECIPE") or ("7b" if devices.accelerator else "tiny")
     if name not in RECIPES:
@@ -243,14 +260,14 @@ def resolve(
     return plan
 
 
-def read_reduction(flags: Mapping[str, str]) -> DuetConfig | None:
-    """The reduction that the flags describe; None for none."""
+def read_reduction(flags: Mapping[str, str], preset: str = "llava-1.5-7b") -> DuetConfig | None:
+    """The reduction that the flags describe, a budget being one of `preset`'s; None for none."""
     import argparse
 
     parser = argparse.ArgumentParser()
     ReductionArguments.add_arguments(parser)
     parsed = parser.parse_args([item for name, value in flags.items() for item in (f"--{name}", value)])
-    return ReductionArguments.from_namespace(parsed).to_config(None)
+    return ReductionArguments.from_namespace(parsed).to_config(None, preset)
 
 
 def output_folder(plan: Plan, kind: str, env: Mapping[str, str]) -> Path:
@@ -357,7 +374,7 @@ def missing_packages(plan: Plan) -> list[Missing]:
         needed.add("peft")
     if plan.job.bits != 16:
         needed.add("bitsandbytes")
-    if plan.recipe.name == "tiny":
+    if plan.uses_tiny_world:
         needed |= {"skimage", "sklearn"}
     absent = sorted(name for name in needed if importlib.util.find_spec(name) is None)
     return [Missing(f"package {name}", "pip install -e '.[train,demo]'") for name in absent]
@@ -370,7 +387,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0 done, 2 something is missing or wrong, otherwise that of the step that failed.
     """
     from llava.train.launch import execute
-    from llava.train.plan_text import describe, usage
+    from llava.train.plan_text import usage
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     before, _, after = (arguments, None, []) if "--" not in arguments else split_at(arguments)
@@ -385,7 +402,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as err:
         sys.stderr.write(f"error: {err}\n")
         return 2
-    sys.stdout.write(describe(plan) + "\n")
+    sys.stdout.write(plan.describe() + "\n")
     sys.stdout.flush()
     if "--plan" in before:
         return 0

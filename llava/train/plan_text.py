@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from llava.train import hf_recipes
 from llava.train.recipes import JOBS, Recipe
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def usage(environment: Mapping[str, str]) -> str:
     return "\n".join(
         [
             "usage: bash scripts/JOB.sh [--plan] [-- FLAGS]",
-            f"jobs:  {', '.join(JOBS)}",
+            f"jobs:  {', '.join([*JOBS, *hf_recipes.JOBS])}",
             "  --plan   print what would run, and stop",
             "  -- FLAGS any flag of llava.train.train; DUET flags (--duet_tokens 128, --layer_list '[16,24]', ...)",
             "           hold for both stages, the others for the stage that the script is named after",

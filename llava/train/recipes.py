@@ -173,13 +173,14 @@ RECIPES = {recipe.name: recipe for recipe in (TINY, SEVEN_B)}
 
 @dataclass(frozen=True)
 class Job:
-    """What one script does: the stages that it needs, and how the second one is trained."""
+    """What one script does: the stages that it needs, how the second one is trained, and the module that trains."""
 
     name: str
     last: str
     reduced: bool
     lora: bool = False
     bits: int = 16
+    module: str = "llava.train.train"
 
     @property
     def stages(self) -> tuple[str, ...]:
