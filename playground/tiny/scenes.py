@@ -97,6 +97,11 @@ def _all_digits() -> tuple[np.ndarray, np.ndarray]:
     return (data.images * (255.0 / 16.0)).round().astype(np.uint8), data.target.astype(np.int64)
 
 
+def digit_scan(source: int) -> np.ndarray:
+    """One of scikit-learn's scans, [8, 8] uint8."""
+    return _all_digits()[0][source]
+
+
 @lru_cache(maxsize=4)
 def digit_sources(split: str) -> tuple[tuple[int, ...], ...]:
     """For each digit 0..9, the indices of the scans that a split may use. The two splits are disjoint."""
