@@ -18,7 +18,7 @@ from duet import DuetConfig
 frames, reduced = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 torch.manual_seed(0)
-vision = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8, image_size=224,
+vision = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, image_size=224,
               patch_size=14)
 text = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8, vocab_size=1000,
             max_position_embeddings=100000)
@@ -54,7 +54,7 @@ def measure(frames, reduced):
 def test_memory_and_time_of_long_videos():
     tokens, memory, _ = measure(16, False)
     assert tokens == 16 * 257
-    found = {frames: measure(frames, True) for frames in (16, 64, 256)}
+    found = {frames: measure(frames, True) for frames in (64, 256)}
     assert {tokens for tokens, _, _ in found.values()} == {1536}
     assert found[256][1] <= 1.25 * memory
     assert found[256][2] <= 1.5 * 4 * found[64][2]  # linear, with room for a busy machine
