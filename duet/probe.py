@@ -1,9 +1,11 @@
 """Where time and memory go in one forward pass: a probe of hooks on a model's own parts, and peak-memory readings.
 
-The probe divides a pass into tower, stage 1, projector, decoder, stage 2, head and the rest. The two stages are what
-lies *between* the modules: stage 1 is the time between the tower's layers and the projector that no tower module
-accounts for, stage 2 the time between decoder layers. So it needs no co-operation of the code that it measures, and
-what a model spends there without any reduction (slicing, Python) is measured the same way.
+The probe divides a pass into tower, stage 1, projector, decoder, stage 2, head, what follows the head (in a training
+step the loss) and the rest. The two stages are what lies *between* the modules: stage 1 is the time between the tower's
+layers and the projector that no tower module accounts for, stage 2 the time between decoder layers. So it needs no
+co-operation of the code that it measures, and what a model spends there without any reduction (slicing, Python) is
+measured the same way. A packed tower (Qwen) is reduced behind its merger: there stage 1 is the time between merger and
+decoder, and the tower all that comes before.
 """
 
 from __future__ import annotations
@@ -16,17 +18,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-SECTIONS = ("tower", "stage1", "projector", "decoder", "stage2", "head", "other")
+SECTIONS = ("tower", "stage1", "projector", "decoder", "stage2", "head", "loss", "other")
 
 
 @dataclass
 class Parts:
-    """The modules of a vision-language model that a probe watches, each group in the order in which it runs."""
+    """The modules of a vision-language model that a probe watches, each group in the order in which it runs.
+
+    ``packed`` says that stage 1 comes after the projector, and that the tower works between its modules, too.
+    """
 
     tower: Sequence[nn.Module]
     projector: Sequence[nn.Module]
     decoder: Sequence[nn.Module]
     head: Sequence[nn.Module]
+    packed: bool = False
 
     @classmethod
     def of_llava(cls, model: nn.Module) -> Parts:
@@ -42,6 +48,19 @@ class Parts:
             projector=[inner.get_submodule("multi_modal_projector")],
             decoder=[*decoder.get_submodule("layers").children(), decoder.get_submodule("norm")],
             head=[model.get_submodule("lm_head")],
+        )
+
+    @classmethod
+    def of_qwen(cls, model: nn.Module) -> Parts:
+        """Find the parts of a Hugging Face ``Qwen2_5_VLForConditionalGeneration``."""
+        tower = model.get_submodule("model.visual")
+        decoder = model.get_submodule("model.language_model")
+        return cls(
+            tower=[tower.get_submodule("patch_embed")],
+            projector=[tower.get_submodule("merger")],
+            decoder=[*decoder.get_submodule("layers").children(), decoder.get_submodule("norm")],
+            head=[model.get_submodule("lm_head")],
+            packed=True,
         )
 
 
@@ -118,12 +137,21 @@ class Probe:
         if "decoder" not in first:
             raise RuntimeError("the probe saw no decoder layer run; is it active around the forward pass of its model?")
         out = {name: 0.0 for name in SECTIONS} | busy
-        if "tower" in first:
+        if self.parts.packed and "tower" in first:
+            out["tower"] = first["projector"] - first["tower"]
+            out["stage1"] = first["decoder"] - last["projector"]
+        elif "tower" in first:
             out["stage1"] = first.get("projector", last["tower"]) - first["tower"] - busy["tower"]
         out["stage2"] = last["decoder"] - first["decoder"] - busy["decoder"]
+        out["loss"] = last["whole"] - first["head"] - busy["head"] if "head" in first else 0.0
         total = last["whole"] - first["whole"]
         out["other"] = total - sum(out.values())
         return out | {"total": total}
+
+    def layer_seconds(self) -> list[float]:
+        """Return the seconds of every decoder module of the last pass, in the order in which they ran."""
+        stamps = [self._seconds_until(mark) for mark in self._marks if mark.group == "decoder"]
+        return [stop - start for start, stop in zip(stamps[::2], stamps[1::2], strict=True)]
 
     def _seconds_until(self, mark: _Mark) -> float:
         start = self._marks[0].stamp
