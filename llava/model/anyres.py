@@ -113,6 +113,13 @@ class Tiling:
             rows = columns = range(0)
         return Layout(self.side, (down, across), rows, columns, shown, self.unpad)
 
+    def stacked(self, passes: int) -> Layout:
+        """The layout of tiles that are kept one after the other (`flat`), wherever they lie in the picture."""
+        if passes == 1:
+            return Layout.single(self.side, newlines=False)
+        rows, columns = range((passes - 1) * self.side), range(self.side)
+        return Layout(self.side, (passes - 1, 1), rows, columns, (len(rows), len(columns)), newlines=False)
+
     def merge(self, features: Tensor, size: tuple[int, int], newline: Tensor | None) -> Tensor:
         """Lay the passes [P, N, D] of a picture of (width, height) out as its tokens [K, D]; see `merge_tiles`."""
         if len(features) == 1:

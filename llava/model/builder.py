@@ -23,7 +23,7 @@ from llava.model.checkpoints import (
     read_tensors,
     strip_non_lora_prefix,
 )
-from llava.model.hf_layout import hf_model_type, is_hf_llava
+from llava.model.hf_layout import OWN_KEYS, hf_model_type, is_hf_llava
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.language_model.llava_mpt import LlavaMptForCausalLM
@@ -264,6 +264,11 @@ def _load_on_base(cls, found: Checkpoint, base: str, overrides: dict, options: d
     config.vocab_size = raw.get("vocab_size", wanted)
     config.mm_vision_tower = _absolute_tower(config.mm_vision_tower, found.path)
     model = cls.from_pretrained(base, config=None if is_hf_llava(raw) else config, **options)
+    if is_hf_llava(raw):
+        # What the run on top of it changed: tiles, a reduction, the template.
+        for key in (key for key in OWN_KEYS if key != "mm_vision_tower" and hasattr(config, key)):
+            setattr(model.config, key, getattr(config, key))
+        model.get_model().match_newline()
     if wanted != model.config.vocab_size:
         model.resize_token_embeddings(wanted, mean_resizing=False)
     return model

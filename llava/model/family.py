@@ -28,8 +28,9 @@ class LlavaFamily(Family):
             )
 
     def facts(self, model: Any) -> ModelFacts:
-        """Return patches, depth and class token of a model."""
-        return ModelFacts(model.get_vision_tower().num_patches, model.config.num_hidden_layers, class_token=True)
+        """Return patches of a tower pass, depth and class token of a model."""
+        unit = "tile" if getattr(model.config, "image_aspect_ratio", None) == "anyres" else "image"
+        return ModelFacts(model.get_vision_tower().num_patches, model.config.num_hidden_layers, True, unit)
 
 
 for _model_type in ("llava_llama", "llava_mistral"):

@@ -19,7 +19,7 @@ _BACKBONES = {"llama": "llava_llama", "mistral": "llava_mistral"}
 # model_type of a llava-hf checkpoint -> its config class: LLaVA-1.5, and LLaVA-1.6 with its tiles.
 _KINDS: dict[str, Any] = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
 # Our keys travel inside an exported config.json, so that a round trip loses nothing; transformers ignores them.
-_CARRIED = (
+OWN_KEYS = (
     "duet",
     "mm_vision_tower",
     "mm_patch_merge_type",
@@ -113,7 +113,7 @@ def config_from_hf(raw: dict, path: str, expected: str) -> dict:
         "use_mm_proj": True,
         "image_aspect_ratio": "pad",
     }
-    own |= {key: raw[key] for key in _CARRIED if key in raw}
+    own |= {key: raw[key] for key in OWN_KEYS if key in raw}
     return own | (_tiling_from_hf(full, raw) if tiled else {})
 
 
@@ -184,7 +184,7 @@ def config_to_hf(config, image_token: int, pad_token: int, rows: int) -> Any:
         "use_mm_proj",
     )
     kind = "llava_next" if tiling else "llava"
-    carried = {key: text.pop(key) for key in _CARRIED if key in text}
+    carried = {key: text.pop(key) for key in OWN_KEYS if key in text}
     text = {key: value for key, value in text.items() if key not in dropped and not key.startswith("mm_")}
     vision: Any = CLIPVisionConfig.from_dict(dict(config.mm_vision_config))
     side = vision.image_size // vision.patch_size

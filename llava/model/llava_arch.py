@@ -48,6 +48,14 @@ class LlavaMetaModel:
             width = config.hidden_size
             self.image_newline = nn.Parameter(torch.randn(width, dtype=self.dtype) / width**0.5)
 
+    def match_newline(self) -> None:
+        """Add `image_newline`, or drop it, as the config's `mm_patch_merge_type` says."""
+        has_newline = getattr(self, "image_newline", None) is not None
+        if has_newline and "unpad" not in (self.config.mm_patch_merge_type or "flat"):
+            del self.image_newline  # a flat model's checkpoint has no place for it
+        elif not has_newline:
+            self._make_newline(self.config)
+
     def get_vision_tower(self):
         """Return the vision tower, or None for a pure language model."""
         tower = getattr(self, "vision_tower", None)
@@ -77,11 +85,7 @@ class LlavaMetaModel:
         self.config.mm_vision_config = tower.config.to_diff_dict()
         if getattr(self, "mm_projector", None) is None:
             self.mm_projector = build_vision_projector(self.config)
-        has_newline = getattr(self, "image_newline", None) is not None
-        if has_newline and "unpad" not in (self.config.mm_patch_merge_type or "flat"):
-            del self.image_newline  # a flat model's checkpoint has no place for it
-        elif not has_newline:
-            self._make_newline(self.config)
+        self.match_newline()
         # A LoRA wrap freezes everything that existed before it.
         for parameter in self.mm_projector.parameters():
             parameter.requires_grad = True
@@ -286,9 +290,13 @@ class LlavaMetaForCausalLM(ABC):
         stacks = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
         tiling = Tiling.of(self.config, self.get_vision_tower().config)
         merge = getattr(self.config, "mm_patch_merge_type", None) or "flat"
-        if merge == "flat" or not any(image.ndim == 4 for image in images):
-            encoded = _deal([len(stack) for stack in stacks], self._encode_flat(stacks, image_sizes, question))
-            return [f.flatten(0, 1) if isinstance(f, Tensor) else torch.cat(f) for f in encoded]
+        tiled = any(image.ndim == 4 for image in images)
+        if tiled and merge == "flat" and self.reduction is not None and self.reduction.per == "picture":
+            layouts = [tiling.stacked(len(stack)) for stack in stacks]
+            shared = self.encode_images(torch.cat(stacks), question, layouts=layouts)
+            return [tokens.flatten(0, -2) for tokens in shared]
+        if merge == "flat" or not tiled:
+            return self._encode_flat(stacks, image_sizes, question)
         if image_sizes is None:
             raise ValueError(
                 f"mm_patch_merge_type={merge!r} needs image_sizes, the (width, height) in pixels of every picture"
@@ -315,16 +323,17 @@ class LlavaMetaForCausalLM(ABC):
         encoded = self.encode_images(torch.cat(stacks), **{k: v for k, v in further.items() if v is not None})
         return list(encoded.split(counts)) if isinstance(encoded, Tensor) else encoded
 
-    def _encode_flat(self, stacks: list[Tensor], image_sizes, question: Question | None) -> Tensor | list[Tensor]:
-        """What the tower passes of all pictures give, one pass after the other."""
+    def _encode_flat(self, stacks: list[Tensor], image_sizes, question: Question | None) -> list[Tensor]:
+        """Tokens [K, D] of each picture: what its tower passes give, one after the other."""
         counts = [len(stack) for stack in stacks]
         tiles = self._tiles(counts, image_sizes)
         if question is not None and tiles is None:
             question = question.select(torch.arange(len(stacks)).repeat_interleave(torch.tensor(counts)))
         further = {"question": question, "tiles": tiles}
-        return self.encode_images(
+        encoded = self.encode_images(
             torch.cat(stacks), **{name: value for name, value in further.items() if value is not None}
         )
+        return [f.flatten(0, 1) if isinstance(f, Tensor) else torch.cat(f) for f in _deal(counts, encoded)]
 
     def _tiles(self, counts: list[int], image_sizes) -> list[tuple[int, int]] | None:
         """(rows, columns) of tiles of each picture; None where no picture has any, or their layout is not known."""

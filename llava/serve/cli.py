@@ -47,12 +47,15 @@ def describe_reduction(model) -> str:
     """Say in one line what reaches the language model."""
     patches, depth = model.get_vision_tower().num_patches, model.config.num_hidden_layers
     reduction = model.reduction
+    unit = "tile" if getattr(model.config, "image_aspect_ratio", None) == "anyres" else "picture"
     if reduction is None:
-        return f"no token reduction: {patches} visual tokens per picture in every layer"
+        return f"no token reduction: {patches} visual tokens per {unit} in every layer"
+    if reduction.per == "picture" and unit == "tile":
+        return f"DUET: {reduction.dominant} + {reduction.contextual} visual tokens per picture, shared by its tiles"
     if reduction.adaptive:
         return f"DUET: {patches} patches -> as many visual tokens per picture as it needs ({reduction.stage1})"
     return (
-        f"DUET: {patches} patches -> {reduction.entering_tokens(patches)} visual tokens per picture, "
+        f"DUET: {patches} patches -> {reduction.entering_tokens(patches)} visual tokens per {unit}, "
         f"{reduction.average_tokens(patches, depth):g} on average over {depth} layers"
     )
 

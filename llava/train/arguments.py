@@ -224,7 +224,11 @@ class RunArguments:
         """Everything that was resolved, for the log."""
         return {
             "model": vars(self.model),
-            "data": {key: value for key, value in vars(self.data).items() if key != "image_processor"},
+            "data": {
+                key: value
+                for key, value in vars(self.data).items()
+                if key not in ("image_processor", "count_visual_tokens")
+            },
             "training": self.training.to_sanitized_dict(),
             "reduction": vars(self.reduction),
         }

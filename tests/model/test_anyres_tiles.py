@@ -13,6 +13,7 @@ from duet import DuetConfig
 from llava.mm_utils import process_anyres_image, process_images, read_pinpoints, resize_and_pad_image
 from llava.model.anyres import Tiling, count_tokens, merge_single, merge_tiles, unpad_image
 from llava.model.builder import load_pretrained_model
+from llava.serve.cli import describe_reduction
 
 PINPOINTS = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
 V16 = Tiling(image_size=336, side=24, pinpoints=PINPOINTS, unpad=True, rounded=False)
@@ -188,6 +189,23 @@ def test_merge_types(world, model):
         ("flat", "whole"): 4 + 180, ("flat", "reduced"): 4 + 60, ("spatial", "whole"): 4 + 180,
         ("spatial", "reduced"): 4 + 60, ("spatial_unpad", "whole"): 4 + 180 + 12, ("spatial_unpad", "reduced"): 4 + 60,
     }  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_budget_per_picture_with_flat_tiles(world, model):
+    """Tiles one after the other share it as well; a picture in one pass has it alone."""
+    model.config.mm_patch_merge_type = "flat"
+    model.set_reduction(DuetConfig(dominant=31, contextual=6, schedule={}, per="picture"))
+    given = inputs(world, SIZES[0], SIZES[2])
+    with duet.trace() as seen:
+        flat = model(**given).logits
+        one = inputs(world, SIZES[0])
+        alone = model(**one | {"images": [one["images"][0][:1]]}).logits
+    assert [p[0].visual for p in seen.passes] == [[37 + 37], [36]]
+    assert flat.shape[1] == 4 + 74 and alone.shape[1] == 4 + 36 and "31 + 6 visual tokens" in describe_reduction(model)
+    with duet.attach(model, DuetConfig(dominant=50, contextual=6, schedule={}, per="picture")) as handle:
+        assert "50 + 6 visual tokens per image" in repr(handle), "more than a tile has, and less than five have"
+        assert model(**given).logits.shape[1] == 4 + 56 + 56
 
 
 @pytest.mark.parametrize("config", [None, REDUCED], ids=["whole", "reduced"])

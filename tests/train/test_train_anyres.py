@@ -13,6 +13,7 @@ import train_world
 from PIL import Image
 from safetensors.torch import load_file
 
+from llava.convert import convert
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.train.arguments import parse_arguments
@@ -127,6 +128,23 @@ def test_a_run_goes_on_where_it_stopped(train, data, tmp_path, kind):
         assert "base_model.model.model.image_newline" in rest
     else:
         assert "model.image_newline" in load_file(folder / "model.safetensors")
+
+
+def test_lora_on_llava_hf_keeps_what_the_run_changed(train, flags, data, tmp_path):
+    """The base is LLaVA-1.5 in llava-hf's layout: the adapter's folder brings tiles, newline and reduction."""
+    flat = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat", "image_grid_pinpoints": None}
+    model, tokenizer = build(parsed(flags, data, **flat), "sdpa")
+    model.set_reduction(None)
+    model.save_pretrained(tmp_path / "v15")
+    tokenizer.save_pretrained(tmp_path / "v15")
+    convert(str(tmp_path / "v15"), "hf", str(tmp_path / "hf"))
+    lora = {"lora_enable": True, "lora_r": 4, "max_steps": 2, "save_strategy": "no"}
+    train("lora", **TILES | data | lora, model_name_or_path=tmp_path / "hf")
+    _, model, _, _ = load_pretrained_model(str(tmp_path / "lora"), None, "lora", device="cpu")
+    stored = torch.load(tmp_path / "lora" / "non_lora_trainables.bin", weights_only=True)
+    assert torch.equal(model.get_model().image_newline, stored["base_model.model.model.image_newline"])
+    assert model.config.mm_patch_merge_type == "spatial_unpad" and model.config.image_grid_pinpoints == PINPOINTS
+    assert model.reduction is not None and model.reduction.dominant == 10
 
 
 def test_stage_one_hands_its_newline_to_stage_two(train, flags, data, tmp_path, caplog):

@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 import train_world
+from PIL import Image
 
 from llava.train.runtime import free_port
 
@@ -76,6 +77,31 @@ def test_zero3_with_text_only_ranks_equals_one_rank(train, flags, tmp_path, text
     assert all(torch.allclose(first[key], second[key], atol=2e-4) for key in first)
     lines = [line for line in train_world.figures(tmp_path, "zero3") if "loss" in line]
     assert all(line["lr_mm_projector"] == pytest.approx(line["learning_rate"] / 2) for line in lines)
+
+
+def test_zero3_with_tiles_equals_one_rank(train, flags, tmp_path):
+    """Pictures of 3 to 5 tower passes on one rank, text only on the other; budgets that leave some pictures whole."""
+    rows, images = train_world.write_data(tmp_path / "data", count=12, text_only=7)
+    shared = {
+        "data_path": rows, "image_folder": images, "max_steps": 3, "save_steps": 3, "image_aspect_ratio": "anyres",
+        "mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": "[(84, 168), (168, 84), (168, 168)]",
+    }  # fmt: skip
+    for number, size in enumerate([(170, 160), (300, 60), (60, 200)]):
+        Image.new("RGB", size, (40 * number, 90, 200)).save(images / f"p{8 + number}.png")
+    stage1 = {name: shared[name] for name in ("image_aspect_ratio", "mm_patch_merge_type", "image_grid_pinpoints")}
+    train("stage1", captions=True, max_steps=1, save_strategy="no", **stage1)
+    shared |= {"seed": 3, "pretrain_mm_mlp_adapter": tmp_path / "stage1" / "mm_projector.bin"}
+    (tmp_path / "reduction.json").write_text(
+        '{"dominant": 40, "contextual": 6, "schedule": {"2": 0.5}, "per": "picture"}'
+    )
+    off = dict.fromkeys(("dominant", "contextual", "layer_list", "image_token_ratio_list"))
+    for name, kind in {"duet": off | {"reduction_config": tmp_path / "reduction.json"}, "baseline": off}.items():
+        code, output = finish(start(flags(f"{name}-3", deepspeed=SCRIPTS / "zero3.json", **shared | kind)))
+        assert code == 0, output[-3000:]
+        train(f"{name}-1", gradient_accumulation_steps=2, **shared | kind)
+        one, two = train_world.losses(tmp_path, f"{name}-1"), train_world.losses(tmp_path, f"{name}-3")
+        assert sorted(one) == sorted(two) == [1, 2, 3]
+        assert all(abs(one[step] - two[step]) < 1e-4 for step in one)
 
 
 @pytest.mark.parametrize("lora", [False, True])
