@@ -13,6 +13,7 @@ from llava.model.builder import load_pretrained_model
 
 STAGE_1_ONLY = duet.DuetConfig(dominant=10, contextual=2, schedule={})
 TWO_STAGES = duet.DuetConfig(dominant=10, contextual=2, schedule={1: 0.5, 3: 0.0})
+LISTENS = duet.DuetConfig(stage1="cdpruner", dominant=12, contextual=0, schedule={})
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,9 @@ def test_shared_prefixes_give_the_same_answers(answerer, reduction, counted):
     assert counted[1][1] < 40 < counted[0][1], "what comes after the pictures is short"
 
 
-def test_prefixes_are_shared_only_where_the_picture_does_not_depend_on_the_question(answerer, counted):
-    answerer.model.set_reduction(TWO_STAGES)
+@pytest.mark.parametrize("reduction", [TWO_STAGES, LISTENS], ids=["drops in the decoder", "reads the question"])
+def test_prefixes_are_shared_only_where_the_picture_does_not_depend_on_the_question(answerer, counted, reduction):
+    answerer.model.set_reduction(reduction)
     alone = [answerer.answer([sample], 10)[0] for sample in BATCH]
     counted.clear()
     assert answerer.answer(BATCH, 10) == alone
