@@ -62,7 +62,8 @@ class Handle:
         stages = [f"after layer {layer} keep {ratio:g}" for layer, ratio in self.config.schedule.items()]
         return (
             f"DUET on {self._host_class.__name__}: {self._tokens()} (stage 1: {self.config.stage1}, "
-            f"{self.config.variant}){self._over_time()}, stages in the decoder: {', '.join(stages) or 'none'}{self._average()}"
+            f"{self.config.variant}){self._over_time()}, stages in the decoder: {', '.join(stages) or 'none'}"
+            f"{self._average()}"
         )
 
     def _tokens(self) -> str:
