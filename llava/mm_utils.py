@@ -117,7 +117,9 @@ def get_anyres_image_grid_shape(
     return width // patch_size, height // patch_size
 
 
-def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: str | Sequence[Size]) -> torch.Tensor:
+def process_anyres_image(
+    image: Image.Image, processor: Any, grid_pinpoints: str | Sequence[Size] | None
+) -> torch.Tensor:
     """Cut a picture into tiles next to a small view of the whole.
 
     Args:

@@ -1,5 +1,7 @@
 """Tiles of LLaVA-1.6: token counts, preprocessing against transformers', reduction, and what goes wrong."""
 
+from typing import Any
+
 import pytest
 import torch
 from model_helpers import CLIP, GOLDEN
@@ -114,7 +116,7 @@ def model(world):
     world[0].config.mm_patch_merge_type = "spatial_unpad"
 
 
-def inputs(world, *sizes):
+def inputs(world, *sizes) -> dict[str, Any]:
     pixels = process_images([picture(size) for size in sizes], world[1], world[0].config)
     ids = torch.tensor([[1, 5, *[-200] * len(sizes), 6, 7]])
     return {"input_ids": ids, "images": pixels, "image_sizes": list(sizes)}

@@ -47,7 +47,10 @@ def write_original(folder: Path, tower: Path, mistral: bool = False, **config: A
         "image_grid_pinpoints": PINPOINTS, "unfreeze_mm_vision_tower": True, "tokenizer_padding_side": "right",
     }  # fmt: skip
     torch.manual_seed(0)
-    cls, kind = (LlavaMistralForCausalLM, LlavaMistralConfig) if mistral else (LlavaLlamaForCausalLM, LlavaConfig)
+    classes: tuple[Any, Any] = (
+        (LlavaMistralForCausalLM, LlavaMistralConfig) if mistral else (LlavaLlamaForCausalLM, LlavaConfig)
+    )
+    cls, kind = classes
     model = cls(kind(**values | config))
     if hasattr(model.get_model(), "image_newline"):
         torch.nn.init.normal_(model.get_model().image_newline)
