@@ -87,7 +87,8 @@ class ReducedModel:
         inputs = {name: kwargs.pop(name) for name in family.inputs if name in kwargs}
         embeds = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         prompt = Prompt(embeds, attention_mask, position_ids, labels=labels)
-        ids_or_embeds = embeds if input_ids is None else input_ids
+        ids_or_embeds, fed_length = (embeds if input_ids is None else input_ids), embeds.shape[1]
+        del embeds  # of a long video, most of it are placeholders
         prompt, encoded = _read_pictures(model, prompt, ids_or_embeds, inputs, past_key_values, prompt_length)
         decoder = family.decoder(model)
         if use_cache is None:
@@ -106,7 +107,7 @@ class ReducedModel:
             past_key_values=past_key_values,
             use_cache=use_cache,
             config=config,
-            fed_length=embeds.shape[1],
+            fed_length=fed_length,
             output_hidden_states=bool(output_hidden_states),
             **family.decoder_arguments(encoded),
             **{key: kwargs.pop(key) for key in ("output_attentions",) if key in kwargs},

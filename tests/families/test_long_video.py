@@ -56,5 +56,5 @@ def test_memory_and_time_of_long_videos():
     assert tokens == 16 * 257
     found = {frames: measure(frames, True) for frames in (64, 256)}
     assert {tokens for tokens, _, _ in found.values()} == {1536}
-    assert found[256][1] <= 1.25 * memory
+    assert found[256][1] <= 1.4 * memory
     assert found[256][2] <= 1.5 * 4 * found[64][2]  # linear, with room for a busy machine

@@ -1,7 +1,10 @@
 """The rows of Tables 13 and 14 per layer, for the number of passes that a picture has."""
 
 import pytest
+import torch
+import transformers as hf
 
+import duet
 from duet import DuetConfig, budget
 from duet.families.passes import plan
 
@@ -47,3 +50,45 @@ def test_what_a_picture_has_less_of_than_the_budget_stays():
 def test_per_must_be_known():
     with pytest.raises(ValueError, match=r"per must be one of pass, picture, got 'tile'"):
         DuetConfig(per="tile")
+
+
+def model_of(family):
+    """A model as deep as the 7B one, with as many patches, and very narrow."""
+    text = hf.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=32, num_attention_heads=2, vocab_size=8,
+        max_position_embeddings=8192,
+    )  # fmt: skip
+    side = 336 if family == "llava_next" else 224
+    vision = hf.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=side, patch_size=14
+    )
+    torch.manual_seed(0)
+    if family == "llava_next":
+        config = hf.LlavaNextConfig(vision_config=vision, text_config=text, image_token_index=7)
+        return hf.LlavaNextForConditionalGeneration(config).eval()
+    config = hf.VideoLlavaConfig(vision_config=vision, text_config=text, image_token_index=6, video_token_index=7)
+    return hf.VideoLlavaForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "rows", "inputs", "placeholders"),
+    [
+        ("llava-next-7b", {640: 1025, 320: 510, 160: 255}, {"image_sizes": torch.tensor([[672, 672]])}, 2928),
+        ("llava-next-7b", {640: 615, 320: 306, 160: 153}, {"image_sizes": torch.tensor([[336, 672]])}, 1752),
+        ("llava-next-7b-per-picture", {640: 1025, 160: 255}, {"image_sizes": torch.tensor([[336, 672]])}, 1752),
+        ("video-llava-7b", {960: 1536, 136: 216}, {"pixel_values_videos": torch.randn(1, 8, 3, 224, 224)}, 2056),
+    ],
+)
+def test_rows_as_a_model_of_that_depth_runs_them(name, rows, inputs, placeholders):
+    family = "llava_next" if "next" in name else "video_llava"
+    model = model_of(family)
+    if family == "llava_next":
+        inputs = inputs | {"pixel_values": torch.randn(1, 5, 3, 336, 336)}
+    ids = torch.tensor([[1, 2, *[7] * placeholders, 3, 4]])
+    for row, entering in rows.items():
+        with duet.attach(model, DuetConfig.preset(name, row)), duet.trace(images=False) as record:
+            model(input_ids=ids, **inputs, logits_to_keep=1)
+        (segments,) = record.passes
+        found = [(segment.stop, segment.visual[0]) for segment in segments]
+        assert found == [(16, entering), (24, entering // 2), (32, 0)]
