@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from duet.stage1 import TowerOutput, VisionReduction, kinds
-from duet.tokens import gather_tokens
+from duet.tokens import gather_tokens, on_device
 
 MERGES = ("sum", "mean")
 
@@ -45,7 +45,7 @@ def split_evenly(pool_BP: Tensor, count: int) -> tuple[Tensor, Tensor]:
     chosen = [number * max(1, size // max(1, count)) for number in range(count)]
     rest = sorted(set(range(size)) - set(chosen))
     # Numbers, not a mask: a device would have to report how many marks a mask has.
-    chosen, rest = (torch.tensor(places, dtype=torch.long, device=pool_BP.device) for places in (chosen, rest))
+    chosen, rest = (on_device(places, pool_BP.device) for places in (chosen, rest))
     return pool_BP[:, chosen], pool_BP[:, rest]
 
 

@@ -34,12 +34,14 @@ def query_rows(valid: Tensor | None, visual: Tensor, answers: Tensor | None, que
     return torch.where(rows.any(1, keepdim=True), rows, _first(prompt_end))
 
 
-def marked_indices(mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+def marked_indices(mask_BL: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Return the marked positions of each row in order, padded to the longest row, and which of them are real.
 
-    Shapes: mask [B, L] bool; returns [B, R] indices and [B, R] bool, R at least 1.
+    Shapes: mask [B, L] bool; returns [B, R] indices and [B, R] bool. R is at least 1, and ``most`` where the caller
+    knows that no row has more marks; else a device has to report how many there are.
     """
-    index = compaction_index(mask_BL, max(1, int(mask_BL.sum(1).max())), left_padded=False)
+    length = max(1, int(mask_BL.sum(1).max())) if most is None else min(max(1, most), mask_BL.shape[1])
+    index = compaction_index(mask_BL, length, left_padded=False)
     return index, mask_BL.gather(1, index)
 
 

@@ -5,6 +5,7 @@ Shapes: B batch, L sequence, N candidates, K kept, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,6 +62,7 @@ class TokenState:
         positions: [B, L] (or [1, L], or [A, B, L] for multi-axis rotary positions).
         labels: [B, L] or None.
         left_padded: padding stands before the tokens.
+        rows: no sample has more ``queries`` than this; None where that is not known.
     """
 
     hidden: Tensor
@@ -72,6 +74,7 @@ class TokenState:
     positions: Tensor
     labels: Tensor | None
     left_padded: bool
+    rows: int | None = None
 
     def keep(self, keep_BL: Tensor, length: int, padded: bool) -> TokenState:
         """Return the state with only the positions that ``keep_BL`` marks, in their order.
@@ -111,6 +114,44 @@ def compact_positions(valid: Tensor | None, batch: int, length: int, device: tor
     if valid is None:
         return torch.arange(length, device=device).expand(batch, -1)
     return (valid.long().cumsum(1) - 1).clamp_(min=0)
+
+
+def on_device(numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return Python numbers as a tensor, without waiting for what the device has still to do. Shapes: as given."""
+    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What Python has to know of a batch to give tensors their shapes.
+
+    Attributes:
+        tokens: how many of each sample are no padding.
+        visual: how many of them are visual.
+        left_padded: padding stands before the tokens.
+        rows: the most rows that rank in any sample; None where it was not asked for.
+    """
+
+    tokens: list[int]
+    visual: list[int]
+    left_padded: bool = False
+    rows: int | None = None
+
+    @classmethod
+    def read(cls, valid_BL: Tensor | None, visual_BL: Tensor, rows_BL: Tensor | None = None) -> Counts:
+        """Count on the device and wait for the numbers, once."""
+        batch, length = visual_BL.shape
+        sums = [visual_BL.sum(1)]
+        if rows_BL is not None:
+            sums.append(rows_BL.sum(1))
+        if valid_BL is not None:
+            sums += [valid_BL.sum(1), valid_BL[:, 0].long(), valid_BL[:, -1].long()]
+        visual, *rest = torch.stack(sums).tolist()
+        rows = None if rows_BL is None else max(1, *rest.pop(0))
+        if valid_BL is None:
+            return cls([length] * batch, visual, rows=rows)
+        tokens, starts, ends = rest
+        return cls(tokens, visual, left_padded=not all(starts) and all(ends), rows=rows)
 
 
 def is_left_padded(valid: Tensor | None) -> bool:

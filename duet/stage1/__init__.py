@@ -24,7 +24,7 @@ from torch import Tensor
 
 from duet.registry import Registry
 from duet.signals import TowerSignals
-from duet.tokens import compaction_index, gather_tokens
+from duet.tokens import compaction_index, gather_tokens, on_device
 
 if TYPE_CHECKING:
     from duet.config import DuetConfig
@@ -170,7 +170,7 @@ def class_attention(signals: TowerSignals) -> Tensor:
 def kinds(device: torch.device, dominant: int, contextual: int, class_token: int = 0) -> Tensor:
     """Return the kinds of so many tokens: the class token first, then dominant, then contextual ones. Shapes: [K]."""
     values = [CLASS_TOKEN] * class_token + [DOMINANT] * dominant + [CONTEXTUAL] * contextual
-    return torch.tensor(values, device=device)
+    return on_device(values, device)
 
 
 def keep_patches(tower: TowerOutput, index_BK: Tensor) -> VisionReduction:

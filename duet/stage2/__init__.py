@@ -16,7 +16,7 @@ from torch import Tensor
 
 from duet.registry import Registry
 from duet.signals import DecoderSignals
-from duet.tokens import rank_descending
+from duet.tokens import on_device, rank_descending
 
 if TYPE_CHECKING:
     from duet.config import DuetConfig
@@ -78,7 +78,7 @@ class Decision:
 def keep_best(score_BL: Tensor, visual_BL: Tensor, kept: list[int]) -> Tensor:
     """Mark the ``kept[b]`` visual positions of each sample that score highest. Shapes: [B, L] -> [B, L] bool."""
     order = rank_descending(score_BL.masked_fill(~visual_BL, float("-inf")))
-    quota = torch.tensor(kept, device=order.device).unsqueeze(1)
+    quota = on_device(kept, order.device).unsqueeze(1)
     chosen = torch.arange(order.shape[1], device=order.device) < quota
     return torch.zeros_like(visual_BL).scatter(1, order, chosen) & visual_BL
 

@@ -25,5 +25,8 @@ def fastv(stage: Stage, config: DuetConfig) -> Tensor:
     Shapes: returns [B, L]. Source: FastV Sec. 4.1 and its code, which reads the executed layer, not the next one.
     """
     state = stage.state
-    rows = state.visual | state.text if config.option("rows") == "every" else state.queries
-    return stage.last_signals().received(*marked_indices(rows))
+    if config.option("rows") == "every":
+        rows = marked_indices(state.visual | state.text)
+    else:
+        rows = marked_indices(state.queries, state.rows)
+    return stage.last_signals().received(*rows)

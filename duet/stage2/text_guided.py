@@ -14,7 +14,7 @@ from duet.budget import kept_tokens
 from duet.queries import marked_indices
 from duet.signals import DecoderSignals
 from duet.stage2 import LANGUAGE_REDUCERS, Decision, Stage, keep_best
-from duet.tokens import top_indices
+from duet.tokens import on_device, top_indices
 
 if TYPE_CHECKING:
     from duet.config import DuetConfig
@@ -35,12 +35,12 @@ def text_guided(stage: Stage, config: DuetConfig) -> Tensor | Decision:
     """
     if config.option("recount"):
         return _recounted(stage, config)
-    return _score(stage, config, stage.state.queries)
+    return _score(stage, config, stage.state.queries, stage.state.rows)
 
 
-def _score(stage: Stage, config: DuetConfig, queries: Tensor) -> Tensor:
+def _score(stage: Stage, config: DuetConfig, queries: Tensor, most: int | None) -> Tensor:
     signals = stage.next_signals()
-    rows, counted = marked_indices(queries)
+    rows, counted = marked_indices(queries, most)
     if config.queries == "salient":
         rows, counted = salient_rows(signals, rows, counted, config.salient_tokens)
     elif isinstance(config.queries, tuple):
@@ -65,9 +65,11 @@ def _recounted(stage: Stage, config: DuetConfig) -> Decision:
                     looked.append(min(seen, before))
                     kept.append(min(following, before))
                 counted, seen = following, kept_tokens(following, ratio)
-    first = visual & (visual.cumsum(1) <= torch.tensor(looked, device=visual.device).unsqueeze(1))
+    first = visual & (visual.cumsum(1) <= on_device(looked, visual.device).unsqueeze(1))
     others = visual & ~first
-    score = _score(stage, config, stage.state.queries | others if config.queries == "all" else stage.state.queries)
+    score = _score(
+        stage, config, stage.state.queries | others if config.queries == "all" else stage.state.queries, None
+    )
     left = [before - seen for before, seen in zip(stage.before, looked, strict=True)]
     return Decision(keep_best(score, first, kept) | others, [a + b for a, b in zip(kept, left, strict=True)])
 
@@ -84,7 +86,7 @@ def salient_rows(signals: DecoderSignals, rows: Tensor, counted: Tensor, count: 
 def _chosen_rows(rows: Tensor, counted: Tensor, indices: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return the rows with the given indices; a sample that has none of them uses its last row."""
     total = counted.sum(1, keepdim=True)
-    wanted = torch.tensor(indices, device=rows.device).expand(rows.shape[0], -1)
+    wanted = on_device(indices, rows.device).expand(rows.shape[0], -1)
     wanted = torch.where(wanted < 0, wanted + total, wanted)
     inside = (wanted >= 0) & (wanted < total)
     inside[:, 0] |= ~inside.any(1)
