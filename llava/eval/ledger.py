@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,6 +17,7 @@ from duet.budget import DecoderShape, vision_flops
 from duet.stage1 import VISION_REDUCERS
 from duet.tracing import Trace
 from llava.eval.answers import read_rows, write_json
+from llava.model.anyres import Tiling, TokenCounter
 
 Pairs = Sequence[Sequence[int]]
 
@@ -74,17 +76,35 @@ class ModelShape:
         return [self.patches] * self.blocks
 
 
-def sample_metadata(trace: Trace, patches: Sequence[int], limit: int | None) -> list[dict[str, Any]]:
+def tiled_tokens(model: Any, sizes: Sequence[tuple[int, int]], counts: Sequence[int]) -> list[int] | None:
+    """Visual tokens of each sample without reduction, border left out and newlines counted; None without tiles.
+
+    Args:
+        model: a LLaVA model.
+        sizes: (width, height) of the pictures of all samples.
+        counts: how many of them each sample has.
+    """
+    if getattr(model.config, "image_aspect_ratio", None) != "anyres":
+        return None
+    count = TokenCounter(Tiling.of(model.config, model.get_vision_tower().config), None)
+    each = iter([count(size) for size in sizes])
+    return [sum(islice(each, number)) for number in counts]
+
+
+def sample_metadata(
+    trace: Trace, patches: Sequence[int], limit: int | None, unreduced: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
     """What one batch's prefill saw, per sample.
 
     Args:
         trace: recorded around the batch's generation.
         patches: patches of each sample's pictures, before any reduction.
         limit: positions after which the model cuts a prompt, or None.
+        unreduced: visual tokens without reduction, where they are not the patches; see `tiled_tokens`.
 
     Returns:
-        Per sample `patches`, `visual` (pairs of visual tokens and the number of consecutive layers that saw them),
-        `tokens` (the same of all tokens, text included), and `cut` if the prompt filled the limit. An empty dict each
+        Per sample `patches` (and `unreduced`), `visual` (pairs of visual tokens and the number of consecutive layers
+        that saw them), `tokens` (the same of all tokens, text included), and `cut` if the prompt filled the limit. An empty dict each
         where nothing was recorded.
     """
     if not trace.passes:
@@ -94,6 +114,8 @@ def sample_metadata(trace: Trace, patches: Sequence[int], limit: int | None) -> 
         visual = [[int(segment.visual[row]), segment.stop - segment.start] for segment in segments]
         tokens = [[int(segment.tokens[row]), segment.stop - segment.start] for segment in segments]
         facts: dict[str, Any] = {"patches": count, "visual": visual, "tokens": tokens}
+        if unreduced is not None:
+            facts["unreduced"] = unreduced[row]
         if limit is not None and segments[0].tokens[row] >= limit:
             facts["cut"] = True
         out.append(facts)
@@ -129,7 +151,9 @@ def summarise(metadata: Sequence[dict[str, Any]], reduction: DuetConfig | None, 
     means = [sum(column) / len(per_layer) for column in zip(*per_layer, strict=True)]
     untouched = {}
     if reduction is not None and reduction.stage1 != "none":
-        untouched["stage 1"] = sum(row[0] == facts["patches"] for row, facts in zip(per_layer, seen, strict=True))
+        untouched["stage 1"] = sum(
+            row[0] == facts.get("unreduced", facts["patches"]) for row, facts in zip(per_layer, seen, strict=True)
+        )
     for layer in reduction.for_depth(depth).schedule if reduction is not None else ():
         untouched[f"stage 2, layer {layer}"] = sum(row[layer - 1] == row[layer] > 0 for row in per_layer)
     retained = [next(count for count in reversed(row) if count) for row in per_layer]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import duet
 from llava.eval.answers import AnswersFile, cut_torn_line, read_rows, refuse_repeated, write_json, write_lines
 from llava.eval.generate import Answerer
-from llava.eval.ledger import sample_metadata, summarise
+from llava.eval.ledger import sample_metadata, summarise, tiled_tokens
 from llava.eval.pictures import PictureBatches, load_batches, open_with
 from llava.eval.processes import Processes
 from llava.eval.settings import Settings, questions_digest
@@ -248,7 +248,8 @@ class BenchmarkRun:
             texts = self.answerer.generate(ids, loaded.images(), loaded.sizes, self.task.max_new_tokens)
         model = self.answerer.model
         patches = [passes * model.get_vision_tower().num_patches for passes in loaded.passes]
-        metadata = sample_metadata(trace, patches, getattr(model.config, "tokenizer_model_max_length", None))
+        unreduced = tiled_tokens(model, loaded.sizes, loaded.counts)
+        metadata = sample_metadata(trace, patches, getattr(model.config, "tokenizer_model_max_length", None), unreduced)
         return [
             {
                 "question_id": item.question.question_id,

@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -223,15 +224,24 @@ class RunLog:
             self.wandb = None
 
 
+def _whole_pictures(images: Any, records: list[Any]) -> list[tuple[Any, Any]]:
+    """Pair the tower's pass of each whole picture, [3, H, W], with its record; records of tiles are passed over."""
+    passes = [len(pixels) if pixels.ndim == 4 else 1 for pixels in images]
+    own = passes if sum(passes) == len(records) else [min(count, 2) for count in passes]
+    starts = [0, *accumulate(own)]
+    pixels = [image[0] if image.ndim == 4 else image for image in images]
+    return [(one, records[start]) for one, start in zip(pixels, starts, strict=False) if start < len(records)]
+
+
 def draw_kept_tokens(
     images: Any, records: list[Any], processor: Any, folder: Path, prefix: str, limit: int
 ) -> list[Path]:
     """Draw which patches of a few images were kept.
 
     Args:
-        images: what the tower saw: [B, 3, H, W], or a list of [3, H, W]; the empty images of text-only
-            samples are left out.
-        records: `duet.trace` records, one per image.
+        images: what the tower saw: [B, 3, H, W], [B, T, 3, H, W] with tiles, or a list; the empty images of text-only
+            samples are left out. Of a picture with tiles the pass of the whole picture is drawn.
+        records: `duet.trace` records: one per image, and for tiles one more, or one for each.
         processor: image processor; its mean and deviation undo the normalisation.
         folder: target.
         prefix: of the file names.
@@ -242,9 +252,7 @@ def draw_kept_tokens(
     """
     from duet.draw import image_from_pixels, save_overlays
 
-    pairs = [
-        (pixels, record) for pixels, record in zip(images, records, strict=False) if pixels.ndim == 3 and pixels.any()
-    ]
+    pairs = [(pixels, record) for pixels, record in _whole_pictures(images, records) if pixels.any()]
     pictures = [
         image_from_pixels(pixels.float().cpu(), processor.image_mean, processor.image_std)
         for pixels, _ in pairs[:limit]

@@ -110,6 +110,13 @@ def test_a_short_run_learns(train, flags, data, tmp_path, reduced):
     assert new.shape[1] <= 2
 
 
+@pytest.mark.parametrize("merge", ["spatial_unpad", "flat"])
+def test_pictures_of_the_log_show_whole_pictures(train, data, tmp_path, merge):
+    flags = TILES | data | {"mm_patch_merge_type": merge, "max_steps": 3, "save_strategy": "no"}
+    train(**flags, image_log_steps=1, per_device_train_batch_size=4)
+    assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == 6
+
+
 @pytest.mark.parametrize("kind", [{}, {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.0}], ids=["full", "lora"])
 def test_a_run_goes_on_where_it_stopped(train, data, tmp_path, kind):
     values = TILES | data | kind | {"max_steps": 6, "save_steps": 4}
