@@ -104,8 +104,8 @@ def sample_metadata(
 
     Returns:
         Per sample `patches` (and `unreduced`), `visual` (pairs of visual tokens and the number of consecutive layers
-        that saw them), `tokens` (the same of all tokens, text included), and `cut` if the prompt filled the limit. An empty dict each
-        where nothing was recorded.
+        that saw them), `tokens` (the same of all tokens, text included), and `cut` if the prompt filled the limit. An
+        empty dict each where nothing was recorded.
     """
     if not trace.passes:
         return [{} for _ in patches]
