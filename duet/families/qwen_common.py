@@ -58,15 +58,10 @@ class QwenFamily(HostFamily):
         """Return the prompt with the host's own positions: three axes, or four where ``generate`` prepared them.
 
         Raises:
-            ValueError: a cache that is reduced already gets new pictures, or rows hold several packed samples.
+            ValueError: rows hold several packed samples.
         """
         if isinstance(cache, DuetCache) and cache.segments:
-            if any(inputs.get(name) is not None for _, name, _ in _KINDS):
-                raise ValueError(
-                    "a reduced cache cannot take new pictures, because nothing is ranked after the prefill; pass the "
-                    "whole conversation without a cache"
-                )
-            return prompt
+            return prompt  # the cache knows where its samples go on
         positions = prompt.position_ids
         if positions is None:
             positions = model.model.compute_3d_position_ids(
