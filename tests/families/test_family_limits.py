@@ -77,7 +77,7 @@ def test_embeddings_in_place_of_ids(family):
         inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
         assert torch.equal(model(**inputs).logits, wanted)
         with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
-            model(pixel_values=inputs["pixel_values"])
+            model(attention_mask=inputs["attention_mask"])
 
 
 @pytest.mark.parametrize("family", list(CASES))

@@ -103,7 +103,7 @@ def test_kept_units_are_the_most_attended_ones(family):
     best = pooled.topk(4).indices.sort(1).values
     host = model.model
     whole = host.get_image_features(pixels) if kind == "image" else host.get_video_features(pixels[None])
-    units = whole.pooler_output.flatten(0, -2)[: 9 * len(pixels)].view(len(pixels), 9, -1)
+    units = torch.stack(list(whole.pooler_output)).flatten(0, -2)[: 9 * len(pixels)].view(len(pixels), 9, -1)
     with duet.attach(model, DuetConfig(dominant=4, contextual=0, schedule={})):
         out = model(**inputs)
     wanted = units.gather(1, best.unsqueeze(-1).expand(-1, -1, units.shape[-1])).flatten(0, 1)
