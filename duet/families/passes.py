@@ -293,11 +293,9 @@ def encode_frames(how: Frames, videos_VFCHW: Tensor, config: DuetConfig, questio
     reduced: list[VisionReduction] = []
     for start in range(0, len(pixels), _PASSES_AT_ONCE):
         numbers = torch.arange(start, min(start + _PASSES_AT_ONCE, len(pixels)))
-        output, features = how.run(pixels[start : start + len(numbers)])
         asked = None if question is None else question.select(numbers)
-        output = replace(output, project=how.finish, question=asked)
         chosen = [plans[number % frames] for number in numbers.tolist()]
-        reduced.extend(reduce_passes(output, [how.view] * len(chosen), chosen, features))
+        reduced.extend(_reduce_frames(how, pixels[start : start + len(numbers)], chosen, asked))
     each = [reduced[start : start + frames] for start in range(0, len(reduced), frames)]
     if config.across_frames is not None:
         each = [[merge_over_time(video, config.across_frames)] for video in each]
@@ -305,6 +303,15 @@ def encode_frames(how: Frames, videos_VFCHW: Tensor, config: DuetConfig, questio
         tracing.record_vision(reduction)
     tokens = [torch.cat([one.tokens[0] for one in video]) for video in each]
     return list(how.finish(torch.cat(tokens)).split([len(video) for video in tokens]))
+
+
+def _reduce_frames(
+    how: Frames, pixels_TCHW: Tensor, plans: Sequence[DuetConfig | None], question: Question | None
+) -> list[VisionReduction]:
+    """Return what stage 1 leaves of some frames; all that the tower made of them is free again then."""
+    output, features = how.run(pixels_TCHW)
+    output = replace(output, project=how.finish, question=question)
+    return reduce_passes(output, [how.view] * len(plans), plans, features)
 
 
 def _encode_whole_frames(how: Frames, pixels_TCHW: Tensor, config: DuetConfig, frames: int) -> list[Tensor]:

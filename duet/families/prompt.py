@@ -25,7 +25,8 @@ class Prompt:
     """What enters the decoder.
 
     Attributes:
-        inputs_embeds: [B, L, D].
+        inputs_embeds: [B, L, D], or ids [B, L] that ``embed`` turns into those when placeholders have shrunk: a long
+            video has very many.
         attention_mask: [B, L], or None when nothing is padding.
         position_ids: [B, L], or [A, B, L] for multi-axis positions; None numbers the tokens of each sample from 0.
         visual_mask: [B, L] bool, the positions that hold visual tokens; None before they are inserted.
@@ -33,6 +34,7 @@ class Prompt:
         answer_mask: [B, L] bool, positions that must not rank; None where labels say so.
         next_position: [B], the rotary position of the token that follows each sample; None is one after its largest.
         additions: [B, L, D] each, what the outputs of the decoder's first layers get added; zero where nothing is.
+        embed: ids to embeddings, while ``inputs_embeds`` holds ids.
     """
 
     inputs_embeds: Tensor
@@ -43,6 +45,11 @@ class Prompt:
     answer_mask: Tensor | None = None
     next_position: Tensor | None = None
     additions: Sequence[Tensor] = ()
+    embed: Callable[[Tensor], Tensor] | None = None
+
+    def embedded(self) -> Prompt:
+        """Return the prompt with embeddings."""
+        return self if self.embed is None else replace(self, inputs_embeds=self.embed(self.inputs_embeds), embed=None)
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ def insert(prompt: Prompt, kinds: Sequence[tuple[Pictures, Tensor, Encoded]], pr
     Raises:
         ValueError: more tokens than placeholders.
     """
-    batch, length, _ = prompt.inputs_embeds.shape
+    batch, length = prompt.inputs_embeds.shape[:2]
     device = prompt.inputs_embeds.device
     if prompt_length is not None and prompt_length < length:
         answers = (torch.arange(length, device=device) >= prompt_length).expand(batch, -1)
@@ -151,6 +158,7 @@ def insert(prompt: Prompt, kinds: Sequence[tuple[Pictures, Tensor, Encoded]], pr
     if any(encoded.counts != pictures.expected for pictures, _, encoded in kinds):
         kept = [_kept(pictures, mark, encoded) for pictures, mark, encoded in kinds]
         prompt, marks = _shrink(prompt, marks, kept)
+    prompt = prompt.embedded()
     embeds = prompt.inputs_embeds
     additions = [torch.zeros_like(embeds) for _ in kinds[0][2].additions]
     for mark, (_, _, encoded) in zip(marks, kinds, strict=True):

@@ -66,12 +66,12 @@ class QwenFamily(HostFamily):
         if positions is None:
             positions = model.model.compute_3d_position_ids(
                 input_ids=ids_or_embeds if ids_or_embeds.dim() == 2 else None,
-                inputs_embeds=prompt.inputs_embeds,
+                inputs_embeds=ids_or_embeds.view(*ids_or_embeds.shape[:2], -1),  # read for its shape
                 attention_mask=prompt.attention_mask,
                 past_key_values=cache,
                 **{name: inputs.get(name) for name in self.position_inputs},
             )
-        batch, length, _ = prompt.inputs_embeds.shape
+        batch, length = prompt.inputs_embeds.shape[:2]
         if positions is None:
             seen = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(seen, seen + length, device=prompt.inputs_embeds.device).unsqueeze(0)

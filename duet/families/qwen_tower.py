@@ -219,11 +219,10 @@ def encode_pictures(
     for step in steps:
         some = [(stop - start, *grids[number][1:]) for number, start, stop in step]
         end = first + sum(map(math.prod, some))
-        packed = run(pixels[first:end], grid.new_tensor(some))
-        numbers = torch.tensor([number for number, _, _ in step], device=packed.ranked_input.device)
+        asked = None if question is None else question.select(torch.tensor([number for number, _, _ in step]))
         chosen = [plans[number][start:stop] for number, start, stop in step]
-        asked = None if question is None else question.select(numbers)
-        reduced = reduce_pictures(packed, some, merge, config, asked, chosen)
+        # The tower's states are no variables here: they are free again before the next step.
+        reduced = reduce_pictures(run(pixels[first:end], grid.new_tensor(some)), some, merge, config, asked, chosen)
         for (number, start, _), part in zip(step, reduced, strict=True):
             skipped = start * grids[number][1] * grids[number][2] // merge**2
             parts[number].append(replace(part, index=part.index + skipped))

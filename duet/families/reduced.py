@@ -85,10 +85,9 @@ class ReducedModel:
             raise ValueError("mm_encoder_outputs holds unreduced features; pass pixels instead while DUET is attached")
         family, config = model._duet.family, model._duet.config
         inputs = {name: kwargs.pop(name) for name in family.inputs if name in kwargs}
-        embeds = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        prompt = Prompt(embeds, attention_mask, position_ids, labels=labels)
-        ids_or_embeds, fed_length = (embeds if input_ids is None else input_ids), embeds.shape[1]
-        del embeds  # of a long video, most of it are placeholders
+        ids_or_embeds: Any = inputs_embeds if input_ids is None else input_ids
+        embed = None if input_ids is None else model.get_input_embeddings()
+        prompt = Prompt(ids_or_embeds, attention_mask, position_ids, labels=labels, embed=embed)
         prompt, encoded = _read_pictures(model, prompt, ids_or_embeds, inputs, past_key_values, prompt_length)
         decoder = family.decoder(model)
         if use_cache is None:
@@ -107,7 +106,7 @@ class ReducedModel:
             past_key_values=past_key_values,
             use_cache=use_cache,
             config=config,
-            fed_length=fed_length,
+            fed_length=ids_or_embeds.shape[1],
             output_hidden_states=bool(output_hidden_states),
             **family.decoder_arguments(encoded),
             **{key: kwargs.pop(key) for key in ("output_attentions",) if key in kwargs},
@@ -186,8 +185,7 @@ def _read_pictures(
         places = [place for pictures, marks, _ in kinds for place in first_places(marks, pictures)]
         counts = [count for _, _, encoded in kinds for count in encoded.counts]
         tracing.reorder_pictures(counts, sorted(range(len(places)), key=places.__getitem__))
-    if kinds:
-        prompt = insert(prompt, kinds, prompt_length)
+    prompt = insert(prompt, kinds, prompt_length) if kinds else prompt.embedded()
     return prompt, {pictures.kind: encoded for pictures, _, encoded in kinds}
 
 
@@ -202,7 +200,7 @@ def _question(
         answers = (torch.arange(ids_or_embeds.shape[1], device=marks[0].device) >= prompt_length).expand_as(marks[0])
     text = asked(prompt.attention_mask, torch.stack(marks).any(0), answers)
     ids = ids_or_embeds if ids_or_embeds.dim() == 2 else None
-    return read_question(ids, prompt.inputs_embeds, text, model._duet.text_encoder)
+    return read_question(ids, prompt.embedded().inputs_embeds, text, model._duet.text_encoder)
 
 
 def _repeat_pictures(model: Any, ids_or_embeds: Tensor, inputs: Mapping[str, Any], times: int) -> dict[str, Tensor]:
