@@ -290,12 +290,12 @@ class LlavaMetaForCausalLM(ABC):
         stacks = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
         tiling = Tiling.of(self.config, self.get_vision_tower().config)
         merge = getattr(self.config, "mm_patch_merge_type", None) or "flat"
-        tiled = any(image.ndim == 4 for image in images)
-        if tiled and merge == "flat" and self.reduction is not None and self.reduction.per == "picture":
+        laid_out = merge != "flat" and any(image.ndim == 4 for image in images)
+        if not laid_out and self.reduction is not None and self.reduction.per == "picture":
             layouts = [tiling.stacked(len(stack)) for stack in stacks]
             shared = self.encode_images(torch.cat(stacks), question, layouts=layouts)
             return [tokens.flatten(0, -2) for tokens in shared]
-        if merge == "flat" or not tiled:
+        if not laid_out:
             return self._encode_flat(stacks, image_sizes, question)
         if image_sizes is None:
             raise ValueError(

@@ -203,7 +203,9 @@ def test_a_budget_per_picture_with_flat_tiles(world, model):
         flat = model(**given).logits
         one = inputs(world, SIZES[0])
         alone = model(**one | {"images": [one["images"][0][:1]]}).logits
-    assert [p[0].visual for p in seen.passes] == [[37 + 37], [36]]
+        plain = model(input_ids=one["input_ids"], images=one["images"][0][:1]).logits
+        assert torch.equal(plain, alone)
+    assert [p[0].visual for p in seen.passes] == [[37 + 37], [36], [36]]
     assert flat.shape[1] == 4 + 74 and alone.shape[1] == 4 + 36 and "31 + 6 visual tokens" in describe_reduction(model)
     with duet.attach(model, DuetConfig(dominant=50, contextual=6, schedule={}, per="picture")) as handle:
         assert "50 + 6 visual tokens per image" in repr(handle), "more than a tile has, and less than five have"

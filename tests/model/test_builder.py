@@ -94,8 +94,8 @@ def test_backbone_by_content(config, name, expected):
 def test_unknown_backbones_and_mpt(tmp_path):
     with pytest.raises(ValueError, match="no supported LLaVA backbone"):
         model_class({"model_type": "gemma"}, "x")
-    with pytest.raises(ValueError, match="llava_next"):
-        model_class({"model_type": "llava_next", "text_config": {}, "vision_config": {}})
+    with pytest.raises(ValueError, match="'llava_onevision' is not supported"):
+        model_class({"model_type": "llava_onevision", "text_config": {}, "vision_config": {}})
     folder = copy_golden(tmp_path / "mpt", model_type="llava_mpt", architectures=["LlavaMptForCausalLM"])
     with pytest.raises(NotImplementedError, match="MPT"):
         load(folder)
