@@ -1,10 +1,11 @@
 """The same reduction forced to eager attention maps: an honest stand-in for published implementations.
 
 They switch tower and decoder to eager attention, so that every layer writes its maps to memory, and read the ranking
-off a map. So does this: the tower's ranked block hands out the map that it has just used, and each stage in the decoder
-lets the next layer's attention make its whole map, as the published drop layers do before that layer runs again. What a
-reducer then does with the signals is the library's own code, so it keeps the same tokens. Only one map is held at a
-time, where published code often keeps those of all layers: the stand-in errs on the fast side.
+off a map. So does this: the tower's ranked block hands out the map that it has just used, and so does the decoder layer
+that has run, for reducers that read it. DUET ranks with the next layer's weights: there that layer's attention makes
+its whole map before the drop. What a reducer then does with the signals is the library's own code, so it keeps the same
+tokens. Only the map that ranks is held, where published code often keeps those of all layers: the stand-in errs on the
+fast side.
 
 Shapes: B batch, H heads, M tower tokens, N patches, R rows, L sequence.
 """
@@ -13,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -27,14 +28,13 @@ from transformers.masking_utils import create_causal_mask
 from duet import tracing
 from duet.attach import attach
 from duet.config import DuetConfig
-from duet.families import Family
 from duet.families.llava import LlavaFamily
 from duet.families.passes import UnitSignals, View
 from duet.families.prompt import Encoded, Pictures
 from duet.families.qwen2_5_vl import Qwen25VLFamily
 from duet.signals import DecoderSignals, TowerSignals
 from duet.stage1 import VISION_REDUCERS, TowerOutput, in_raster_order
-from duet.stage2 import LANGUAGE_REDUCERS, Decision, LanguageReducer, Stage
+from duet.stage2 import LANGUAGE_REDUCERS, Decision, Stage
 from duet.vision import encode_vision, run_tower
 
 
@@ -100,52 +100,90 @@ class MapSignals(DecoderSignals):
 
     def received(self, index_BR: Tensor, counted_BR: Tensor, causal: bool = True) -> Tensor:
         """Return the mean over heads and chosen rows of the map. Shapes: [B, R] -> [B, L]."""
+        rows = self._rows(index_BR, causal).mean(1) * counted_BR.unsqueeze(-1)
+        return rows.sum(1) / counted_BR.sum(1, keepdim=True).clamp(min=1)
+
+    def rows(
+        self, index_BR: Tensor, counted_BR: Tensor, causal: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield chosen rows of the map, all at once. Shapes: positions [B, R], counted [B, R], rows [B, H, R, L]."""
+        yield index_BR, counted_BR.float(), self._rows(index_BR, causal)
+
+    def _rows(self, index_BR: Tensor, causal: bool) -> Tensor:
         if not causal:
             raise ValueError("the eager stand-in ranks by causal maps only")
         index = index_BR[:, None, :, None].expand(-1, self._map.shape[1], -1, self._map.shape[-1])
-        rows = self._map.gather(2, index).float().mean(1) * counted_BR.unsqueeze(-1)
-        return rows.sum(1) / counted_BR.sum(1, keepdim=True).clamp(min=1)
+        return self._map.gather(2, index).float()
 
 
+@dataclass(frozen=True)
 class MapStage(Stage):
-    """A stage whose signals come from attention maps."""
+    """A stage whose signals come from attention maps.
 
+    Attributes:
+        maps: those of layers that have run, by the layer's index, [B, H, L, L].
+    """
+
+    maps: dict[int, Tensor]
+
+    @torch.no_grad()
     def _signals(self, layer: int, hidden: Tensor) -> DecoderSignals:
         decoder, state = self.decoder, self.state
         block = decoder.layers[layer]
         rotary = decoder.rotary_emb(hidden, state.positions)
-        mask = create_causal_mask(
-            config=decoder.config, inputs_embeds=hidden, attention_mask=state.valid, past_key_values=None
-        )
-        hidden = hidden.detach()
-        attention = block.self_attn(block.input_layernorm(hidden), position_embeddings=rotary, attention_mask=mask)
-        return MapSignals(block, hidden, rotary, state.valid, attention[1])
+        if layer not in self.maps:
+            mask = create_causal_mask(
+                config=decoder.config, inputs_embeds=hidden, attention_mask=state.valid, past_key_values=None
+            )
+            normed = block.input_layernorm(hidden)
+            out = block.self_attn(normed, position_embeddings=rotary, attention_mask=mask)
+            return MapSignals(block, hidden.detach(), rotary, state.valid, out[1])
+        return MapSignals(block, hidden.detach(), rotary, state.valid, self.maps[layer].detach())
 
 
-@torch.no_grad()
-def rank_by_map(inner: LanguageReducer, stage: Stage, config: DuetConfig) -> Tensor | Decision:
-    """Ask a language reducer, with maps in place of rows."""
-    fields = {name: getattr(stage, name) for name in Stage.__dataclass_fields__}
-    return inner(MapStage(**fields), config)
+class MapReducer:
+    """Asks a language reducer, with maps in place of rows.
 
+    Args:
+        config: whose stages to serve.
+    """
 
-def _reducer(config: DuetConfig) -> dict[str, Any]:
-    """Return the argument of ``run_decoder`` that makes a stage read maps."""
-    if not config.schedule:
-        return {}
-    return {"reducer": partial(rank_by_map, LANGUAGE_REDUCERS.get(config.stage2))}
+    def __init__(self, config: DuetConfig) -> None:
+        self._inner = LANGUAGE_REDUCERS.get(config.stage2)
+        self._maps: dict[int, Tensor] = {}
+        # Reducers that read the layer which has run find its map here; DUET's own reads the next layer.
+        self._layers = [layer - 1 for layer in config.schedule] if config.stage2 != "text_guided" else []
+
+    def __call__(self, stage: Stage, config: DuetConfig) -> Tensor | Decision:
+        """Return the reducer's answer, and let go of the maps."""
+        try:
+            return self._inner(MapStage(**vars(stage), maps=self._maps), config)
+        finally:
+            self._maps.clear()
+
+    def hooks(self, layers: Any) -> list[Any]:
+        """Watch the layers whose maps are read; returns the hooks' handles."""
+        return [layers[index].self_attn.register_forward_hook(self._keeper(index)) for index in self._layers]
+
+    def _keeper(self, index: int) -> Callable[..., None]:
+        def keep(module: nn.Module, given: Any, out: Any) -> None:
+            del module, given
+            if out[1].shape[-2] > 1:  # a prefill, no decoding step
+                self._maps[index] = out[1]
+
+        return keep
 
 
 class EagerLlava(LlavaFamily):
     """LLaVA-1.5, ranked by maps."""
 
-    def __init__(self, config: DuetConfig) -> None:
-        self._arguments = _reducer(config)
+    def __init__(self, reducer: MapReducer | None) -> None:
+        self._reducer = reducer
 
     def decoder_arguments(self, encoded: Mapping[str, Encoded]) -> dict[str, Any]:
         """Return the reducer that reads maps."""
         del encoded
-        return self._arguments
+        return {} if self._reducer is None else {"reducer": self._reducer}
 
     def pictures(self, model: Any, inputs: Mapping[str, Any]) -> list[Pictures]:
         """Return the images, encoded with the ranked block's map."""
@@ -210,13 +248,13 @@ def _rotate(x_HPd: Tensor, cos_Pd: Tensor, sin_Pd: Tensor) -> Tensor:
 class EagerQwen(Qwen25VLFamily):
     """Qwen2.5-VL, ranked by maps; images of one frame."""
 
-    def __init__(self, config: DuetConfig) -> None:
-        self._arguments = _reducer(config)
+    def __init__(self, reducer: MapReducer | None) -> None:
+        self._reducer = reducer
 
     def decoder_arguments(self, encoded: Mapping[str, Encoded]) -> dict[str, Any]:
         """Return the reducer that reads maps."""
         del encoded
-        return self._arguments
+        return {} if self._reducer is None else {"reducer": self._reducer}
 
     def _encode(self, model: Any, pixels: Tensor, grid: Tensor, question: Any) -> Encoded:
         tower, config = model.model.visual, model._duet.config
@@ -274,7 +312,7 @@ def _window_order(tower: Any, grid: Tensor, unit: int) -> Tensor:
     return (order.unsqueeze(1) * unit + torch.arange(unit, device=order.device)).flatten()
 
 
-EAGER: dict[str, type[Family]] = {"llava": EagerLlava, "qwen2_5_vl": EagerQwen}
+EAGER: dict[str, type[EagerLlava] | type[EagerQwen]] = {"llava": EagerLlava, "qwen2_5_vl": EagerQwen}
 
 
 @contextlib.contextmanager
@@ -288,9 +326,15 @@ def eager_attached(model: nn.Module, config: DuetConfig) -> Iterator[None]:
     host: Any = model
     before = host.config._attn_implementation
     host.set_attn_implementation("eager")
+    hooks: list[Any] = []
     try:
         with attach(model, config) as handle:
-            handle.family = EAGER[host.config.model_type](handle.config)  # type: ignore[call-arg]
+            reducer = MapReducer(handle.config) if handle.config.schedule else None
+            family = EAGER[host.config.model_type](reducer)
+            handle.family = family
+            hooks = reducer.hooks(family.decoder(host).layers) if reducer else []
             yield
     finally:
+        for hook in hooks:
+            hook.remove()
         host.set_attn_implementation(before)

@@ -164,15 +164,17 @@ def _segments(probe: Probe, edges: Sequence[int]) -> dict[str, float]:
     return {f"segment{n}": sum(layers[start:stop]) for n, (start, stop) in enumerate(pairwise(bounds), 1)}
 
 
-def decode_seconds(model: nn.Module, inputs: dict[str, Tensor], out: Any, steps: int) -> float:
-    """Return the median seconds of a decoding step after a prefill; one more step comes first, uncounted."""
+def decode_seconds(model: nn.Module, out: Any, steps: int) -> float:
+    """Return the median seconds of a decoding step after a prefill; one more step comes first, uncounted.
+
+    Nothing here is padding, so a step needs no mask.
+    """
     device, seconds = next(model.parameters()).device, []
-    ids, mask, cache = out.logits[:, -1:].argmax(-1), inputs["attention_mask"], out.past_key_values
+    ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
     with torch.inference_mode():
         for _ in range(steps + 1):
-            mask = torch.cat((mask, mask[:, :1]), dim=1)
             start = _now(device)
-            step = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            step = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             ids, cache = step.logits[:, -1:].argmax(-1), step.past_key_values
             seconds.append(_now(device) - start)
     return statistics.median(seconds[1:])
@@ -251,7 +253,7 @@ def _time_row(
     if out is not None:
         row.kv_bytes = cache_bytes(out.past_key_values)
         if decode:
-            seconds["decode"] = decode_seconds(model, inputs, out, decode)
+            seconds["decode"] = decode_seconds(model, out, decode)
     row.seconds.append(seconds)
 
 

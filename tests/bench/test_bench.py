@@ -91,7 +91,9 @@ def test_goals_are_judged():
     assert "- met: prefill batch 1, duet-1: language part 100.0% of predicted (70.7% of square)" in text
     assert "- MISSED: prefill batch 1, duet-2: language part 66.7% of predicted" in text
     assert "- MISSED: prefill batch 1, duet-2: peak memory 101.0% of full" in text
-    assert "- met: prefill batch 1, duet-1: decisions 2.44% of the prefill" in text
+    assert "- MISSED: prefill batch 1, duet-1: decisions 2.44% of the prefill (goal 1.5% at most)" in text
+    assert "- MISSED: prefill batch 1, duet-2: whole prefill" in text
+    assert "- met: prefill batch 1, duet-2: 1.32 times as fast as full tokens (goal never slower)" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has an accelerator")
