@@ -51,6 +51,7 @@ def test_ledger(answerer, config, tmp_path):
     with duet.trace(images=False) as trace:
         answerer.generate(ids, loaded.images(), loaded.sizes, 1)
     unreduced = tiled_tokens(answerer.model, loaded.sizes, loaded.counts)
+    assert unreduced is not None
     wide, square = unreduced[:2]
     assert unreduced == [wide, square, wide + square, 0] and square == 36 + 12 * 13
     facts = sample_metadata(trace, [count * SIDE**2 for count in loaded.passes], None, unreduced)
@@ -78,7 +79,8 @@ def test_a_budget_above_the_picture_is_counted_as_untouched(answerer):
 
 def test_equal_shapes_are_one_tensor(answerer):
     pixels = preprocess([picture(SIZES[0]), picture(SIZES[1])], answerer.image_processor, answerer.model.config)
-    assert pack(pixels).shape == (2, 3, 3, 24, 24)
+    packed = pack(pixels)
+    assert isinstance(packed, torch.Tensor) and packed.shape == (2, 3, 3, 24, 24)
 
 
 def _open(path):

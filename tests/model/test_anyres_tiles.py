@@ -219,8 +219,9 @@ def test_gradients(world, config):
     model.set_reduction(config)
     model.train()
     given = inputs(world, SIZES[0], SIZES[4])
-    text_only = {"input_ids": given["input_ids"][:, :2], "images": torch.zeros(1, 1, 3, TILE, TILE)}
-    for batch in (given, text_only | {"image_sizes": [(TILE, TILE)]}):
+    blank = {"images": torch.zeros(1, 1, 3, TILE, TILE), "image_sizes": [(TILE, TILE)]}
+    text_only: dict[str, Any] = {"input_ids": given["input_ids"][:, :2]} | blank
+    for batch in (given, text_only):
         model.zero_grad()
         model(**batch, labels=batch["input_ids"].clamp(min=1)).loss.backward()
         inner = model.get_model()
