@@ -65,10 +65,10 @@ def clip_records(folder: str, split: str, seed: int, turns: int, index: int) -> 
             | {"kind": kind, "question": question, "answer": answer}
             for kind, question, answer in asked
         ]
-    # "order" gives the others away, so it comes first or last; the way of each digit is asked again and again.
-    kinds = [str(kind) for kind in rng.permutation([kind for kind in KINDS if kind != "order"])] + ["move"]
+    # "order" gives the others away, so it comes first or last; "move" is learned slowest, so it is asked often.
+    kinds = [str(kind) for kind in rng.permutation([kind for kind in KINDS if kind != "order"] + ["move"] * 3)]
     kinds = ["order", *kinds] if rng.random() < 0.35 else [*kinds, "order"]
-    asked = list(dict.fromkeys(ask(kind, clip.tracks, rng) for kind in kinds))[:turns]
+    asked = list(dict.fromkeys(ask(kind, clip.tracks, rng) for kind in kinds))[-turns:]
     return [{"id": base, "video": name, "conversations": conversation(asked, "<video>")}]
 
 
@@ -98,9 +98,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="playground/tiny/data/video")
     parser.add_argument("--pretrain", type=int, default=2400, help="still frames with a caption")
-    parser.add_argument("--train", type=int, default=1500, help="clips with questions")
+    parser.add_argument("--train", type=int, default=2400, help="clips with questions")
     parser.add_argument("--heldout", type=int, default=100, help="held-out clips, seven questions each")
-    parser.add_argument("--turns", type=int, default=8, help="questions about a training clip")
+    parser.add_argument("--turns", type=int, default=10, help="questions about a training clip")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args()

@@ -52,7 +52,7 @@ def windowed_tower() -> CLIPVisionModel:
     tower = CLIPVisionModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32)
     config = CLIPVisionConfig.from_pretrained(WEIGHTS / "clip")
     config.image_size = SIDE
-    small = CLIPVisionModel(config)
+    small = CLIPVisionModel(config).float()
     state: dict[str, Any] = tower.state_dict()
     side = SIDE // PATCH
     begin = (GRID - side) // 2
@@ -92,7 +92,7 @@ def assemble() -> tuple[VideoLlavaForConditionalGeneration, Any]:
         vision_feature_layer=-2,
     )
     torch.manual_seed(0)
-    model = VideoLlavaForConditionalGeneration(config)
+    model = VideoLlavaForConditionalGeneration(config).float()  # the backbones' files are bf16
     body: Any = model.model
     for own in (body.image_tower, body.video_tower):
         own.load_state_dict(tower.state_dict())

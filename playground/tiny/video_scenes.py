@@ -39,7 +39,7 @@ class Track:
         value: the digit.
         source: its scan.
         first, last: frames.
-        begin, end: left edge of its box in these frames, in pixels.
+        begin, end: left edge of its box in these frames, in pixels: it crosses the whole picture.
         top: upper edge of its box.
         size: side of its box.
     """
@@ -122,8 +122,7 @@ def _tracks(rng: np.random.Generator, split: str) -> tuple[Track, ...]:
     for value, extra in zip(rng.permutation(10)[:count], spare, strict=True):
         size = int(rng.integers(MIN_SIZE, MAX_SIZE + 1))
         steps = (SIDE - size) // SNAP
-        near, far = int(rng.integers(0, 2)), int(rng.integers(steps - 1, steps + 1))
-        begin, end = (near, far) if rng.random() < 0.5 else (far, near)
+        begin, end = (0, steps) if rng.random() < 0.5 else (steps, 0)
         last = first + MIN_SHOWN + int(extra) - 1
         pool = pools[int(value)]
         top = int(rng.integers(0, steps + 1)) * SNAP

@@ -145,6 +145,14 @@ def test_without_reduction_and_with_the_papers_budget(train_hf, tmp_path):
     assert config["duet"]["dominant"] == DuetConfig.preset("qwen2.5-vl-7b", tokens=640).dominant
 
 
+def test_a_dry_run_shows_what_is_learned_and_leaves_nothing(train_hf, tmp_path, capsys):
+    train_hf("qwen2_5_vl", dry_run=True)
+    shown = capsys.readouterr().out
+    assert "record r0:" in shown and "supervised 'a thing number 0<|im_end|>'" in shown
+    assert "one step: loss" in shown and "everything works" in shown
+    assert not list((tmp_path / "out").glob("*dry*")) and not (tmp_path / "out" / "run_complete.json").exists()
+
+
 def test_a_model_type_that_is_not_supported(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "blip_2"}))
     with pytest.raises(ValueError, match=r"'blip_2'.*supported: .*llava_next.*docs/add-a-family\.md"):
