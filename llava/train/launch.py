@@ -211,7 +211,10 @@ def run_stage(plan: Plan, stage: Stage, runner: Runner) -> int:
     stage.output.mkdir(parents=True, exist_ok=True)
     write_json_atomically(stage.output / PLAN_FILE, comparable(stage))
     port = int(os.environ.get("MASTER_PORT") or runtime.free_port())
-    return runner.run(kind, training_command(plan.devices, stage.arguments(), port, plan.job.module))
+    try:
+        return runner.run(kind, training_command(plan.devices, stage.arguments(), port, plan.job.module))
+    finally:
+        runtime.remove_shared_buffers(port)
 
 
 def build_tiny_data(plan: Plan, runner: Runner) -> int:

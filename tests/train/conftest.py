@@ -26,7 +26,7 @@ def world(tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture(autouse=True)
 def clean_process() -> Iterator[None]:
-    """Give back what a run leaves in the process: environment, process group, default template."""
+    """Give back what a run leaves: environment, process group, default template, shared memory."""
     from llava import conversation
 
     saved, template = dict(os.environ), conversation.default_conversation
@@ -39,6 +39,10 @@ def clean_process() -> Iterator[None]:
     from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    from llava.train.runtime import remove_shared_buffers
+
+    while train_world.PORTS:
+        remove_shared_buffers(train_world.PORTS.pop())
     AcceleratorState._reset_state(reset_partial_state=True)
     unset_hf_deepspeed_config()
 

@@ -11,7 +11,6 @@ import pytest
 import train_world
 
 from llava.train.hf_arguments import parse_hf_arguments
-from llava.train.runtime import free_port
 from llava.train.train_hf import run
 
 pytestmark = pytest.mark.slow
@@ -19,7 +18,14 @@ pytestmark = pytest.mark.slow
 
 def on_two_ranks(arguments, limit=150):
     """Run a training under DeepSpeed's launcher; returns exit code and output."""
-    head = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port()), "--module"]
+    head = [
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(train_world.port()),
+        "--module",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", *head, "llava.train.train_hf", *arguments],
         env=train_world.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -14,8 +14,6 @@ import pytest
 import train_world
 from PIL import Image
 
-from llava.train.runtime import free_port
-
 SCRIPTS = train_world.ROOT / "scripts"
 pytestmark = pytest.mark.slow
 
@@ -23,9 +21,16 @@ pytestmark = pytest.mark.slow
 def start(arguments, launcher="deepspeed", **env):
     """Start a training on two ranks; its output goes to the pipe."""
     if launcher == "deepspeed":
-        head = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port()), "--module"]
+        head = [
+            "deepspeed.launcher.runner",
+            "--num_accelerators",
+            "2",
+            "--master_port",
+            str(train_world.port()),
+            "--module",
+        ]
     else:
-        head = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m"]
+        head = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", train_world.port(), "-m"]
     command = [sys.executable, "-m", *head, "llava.train.train", *arguments]
     return subprocess.Popen(
         command,

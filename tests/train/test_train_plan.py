@@ -10,7 +10,7 @@ import sys
 import pytest
 import train_world
 
-from llava.train import launch
+from llava.train import launch, runtime
 from llava.train.plan import Devices, find_devices, main, resolve, split_batch
 from llava.train.plan_text import describe
 from llava.train.recipes import JOBS
@@ -205,3 +205,12 @@ def test_deepspeed_files_leave_optimizer_and_scheduler_to_the_trainer(name, stag
         assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
     if "offload" in name:
         assert config["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_what_deepspeed_leaves_in_shared_memory_is_removed(tmp_path):
+    names = [f"deepspeed_allreduce_buffer_0_127.0.0.1_{port}_{rank}" for port in (29500, 295) for rank in (0, 1)]
+    for name in (*names, "sem.other_29500_1"):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in runtime.remove_shared_buffers(29500, tmp_path)] == names[:2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[2:], "sem.other_29500_1"])
+    assert runtime.remove_shared_buffers(29500, tmp_path / "none") == []

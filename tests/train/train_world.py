@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from llava.train.runtime import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 MODEL = GOLDEN / "llava_tiny"
@@ -95,6 +97,15 @@ def figures(folder: Path, output: str = "out") -> list[dict]:
 def losses(folder: Path, output: str = "out") -> dict[int, float]:
     """Loss by step; a step that was trained twice counts as it came out last."""
     return {record["step"]: record["loss"] for record in figures(folder, output) if "loss" in record}
+
+
+PORTS: list[int] = []
+
+
+def port() -> str:
+    """A free port for the ranks of a launched run; what the run leaves in shared memory goes when the test ends."""
+    PORTS.append(free_port())
+    return str(PORTS[-1])
 
 
 def environment(**extra: str) -> dict[str, str]:
