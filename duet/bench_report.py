@@ -204,7 +204,7 @@ def _possible_table(rows) -> list[str]:
         for name in names:
             share = possible_share(row, name)
             cells.append("-" if share is None else f"{1e3 * row.possible[name]:.1f} ({share:.0%})")
-        least = sum(row.possible[name] for name in names)
+        least = sum(row.possible.get(name, 0.0) for name in names)
         cells.append(f"{1e3 * least:.0f} ({least / row.median('total'):.0%})")
         table.append(_line(cells))
     return table
