@@ -113,8 +113,8 @@ def test_stage_1_alone_needs_memory_in_proportion_to_the_tokens():
 
 RUN = [
     "--quick", "--shape", "qwen-long", "--visual_tokens", "144", "--rounds", "1", "--budgets", "192", "--batch", "2",
-    "--text", "12", "40", "--train_batch", "1", "--methods", "local_cluster", "--eager", "--stage1_tokens", "576", "1152",
-    "--threads", "1",
+    "--text", "12", "40", "--train_batch", "1", "--methods", "local_cluster", "--eager", "--threads", "1",
+    "--stage1_tokens", "576", "1152",
 ]  # fmt: skip
 
 
