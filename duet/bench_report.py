@@ -255,11 +255,11 @@ def _eager_table(rows) -> list[str]:
     pairs = eager_pairs(rows)
     if not pairs:
         return []
-    head = ["eager maps / configuration", "whole", "tower", "stage1 and stage2", "decoder", "extra memory of eager"]
+    head = ["eager maps / configuration", "whole", "tower", "decoder", "stage1 and stage2", "extra memory / eager"]
     table = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
     for row, eager in pairs:
-        groups = (["total"], ["tower"], ["stage1", "stage2"], ["decoder"])
-        cells = [f"{paired_ratio(eager, row, group):.2f}" for group in groups]
+        groups = (["total"], ["tower"], ["decoder"], ["stage1", "stage2"])
+        cells = [f"{paired_ratio(eager, row, group):.2f}" if row.spread(group[0])[0] else "-" for group in groups]
         table.append(_line([row.name, *cells, f"{row.memory.tracked / eager.memory.tracked:.1%}"]))
     return table
 
