@@ -23,7 +23,7 @@ from duet.cache import CachedSegment, DuetCache
 from duet.config import DuetConfig
 from duet.queries import answers_from_labels, query_rows, surviving_rows
 from duet.stage2 import LANGUAGE_REDUCERS, Decision, LanguageReducer, Stage, keep_best
-from duet.tokens import TokenState, compact_positions, gather_tokens, is_left_padded
+from duet.tokens import Counts, TokenState, compact_positions, gather_tokens
 
 
 @dataclass
@@ -63,6 +63,7 @@ def run_decoder(
     fed_length: int | None = None,
     output_hidden_states: bool = False,
     reducer: LanguageReducer | None = None,
+    counts: Counts | None = None,
     **layer_kwargs: Any,
 ) -> DecoderOutput:
     """Run a decoder and drop visual tokens after the layers that ``config.schedule`` names.
@@ -87,6 +88,8 @@ def run_decoder(
         fed_length: the length that the caller counts for this input, if stage 1 shortened it.
         output_hidden_states: also return the input of every layer.
         reducer: what decides at the stages, in place of the one that ``config.stage2`` names.
+        counts: how many tokens and visual tokens each sample has, where the caller knows; with ``queries="last"`` a
+            prefill then waits for nothing from the device. None: they are read from the masks, once.
         **layer_kwargs: passed to every layer.
 
     Raises:
@@ -114,12 +117,14 @@ def run_decoder(
         text=query_rows(state.valid, state.visual, answers, "all"),
         queries=_queries(state, answers, query_indices, config),
     )
+    one_row = config.queries == "last" and answers is None and query_indices is None
+    state, counts = _counted(state, counts, one_row)
     if query_indices is not None:
         config = replace(config, queries="all")
     config = config.for_depth(len(decoder.layers))  # type: ignore[arg-type]
     reducer = reducer or (LANGUAGE_REDUCERS.get(config.stage2) if config.schedule else None)
     pass_ = _ReducedPass(decoder, config, reducer, cache, next_position, additions, output_hidden_states, layer_kwargs)
-    state = pass_.run(state)
+    state = pass_.run(state, counts)
     if cache is not None:
         cache.fed = inputs_embeds.shape[1] if fed_length is None else fed_length
     hidden = decoder.norm(state.hidden)  # type: ignore[operator]
@@ -262,7 +267,6 @@ def _initial_state(inputs_embeds, attention_mask, position_ids, visual_mask, lab
                 f"attention_mask must be [batch, length] with DUET, got shape {tuple(attention_mask.shape)}"
             )
         valid = attention_mask.to(device=device, dtype=torch.bool)
-        valid = None if bool(valid.all()) else valid
     index = torch.arange(length, device=device).expand(batch, -1)
     visual = torch.zeros_like(index, dtype=torch.bool) if visual_mask is None else visual_mask.to(device)
     if position_ids is None:
@@ -276,8 +280,23 @@ def _initial_state(inputs_embeds, attention_mask, position_ids, visual_mask, lab
         origin=index,
         positions=position_ids,
         labels=labels,
-        left_padded=is_left_padded(valid),
+        left_padded=False,
     )
+
+
+def _counted(state: TokenState, counts: Counts | None, one_row: bool) -> tuple[TokenState, Counts]:
+    """Return the state without a mask where nothing is padding, and the numbers of the batch.
+
+    The one synchronisation of a pass, and none where the caller knows the counts and each sample has one row.
+    """
+    if counts is None or not (one_row or counts.rows):
+        known = counts
+        counts = Counts.read(state.valid, state.visual, None if one_row else state.queries)
+        counts = counts if known is None else replace(known, rows=counts.rows)
+    whole = min(counts.tokens) == state.visual.shape[1]
+    rows = 1 if one_row else counts.rows
+    valid = None if whole else state.valid
+    return replace(state, valid=valid, left_padded=counts.left_padded and not whole, rows=rows), counts
 
 
 def _queries(state: TokenState, answers, query_indices, config: DuetConfig) -> Tensor:
@@ -319,12 +338,12 @@ class _ReducedPass:
         """Return the input of every layer and the normed output, if asked for."""
         return None if self._states is None else (*self._states, last)
 
-    def run(self, state: TokenState) -> TokenState:
+    def run(self, state: TokenState, known: Counts) -> TokenState:
         """Run all layers and return the state after the last one."""
         self._multi_axis = state.positions.dim() == 3
         self._entered = state
         self._recorder = tracing.DropRecorder(state.visual)
-        entering, lengths = self._counts(state)
+        entering, lengths = known.visual, known.tokens
         visual, counts = list(entering), []
         edges = [*self._config.schedule, self._depth]
         start = 0
@@ -346,15 +365,6 @@ class _ReducedPass:
             self._recorder.record(stop, state)
         tracing.record_pass(counts)
         return state
-
-    def _counts(self, state: TokenState) -> tuple[list[int], list[int]]:
-        """Visual tokens and all tokens per sample, on the host: the one synchronisation of a pass."""
-        batch, length = state.visual.shape
-        tokens = (
-            state.visual.new_full((batch,), length, dtype=torch.long) if state.valid is None else state.valid.sum(1)
-        )
-        visual, total = torch.stack((state.visual.sum(1), tokens)).tolist()
-        return visual, total
 
     def _segment(self, state: TokenState, start: int, stop: int) -> TokenState:
         additions = [gather_tokens(x, state.origin) for x in self._additions] if start < len(self._additions) else ()

@@ -115,7 +115,7 @@ def test_gather_all(batch, tokens, width, dtype, seed):
         make(batch, tokens, width).to(dtype),
         make(1, tokens, 2 * width),  # a rotary table that all samples share
         make(batch, 2 * tokens, width)[:, ::2],
-        random_mask(seed, batch, tokens),
+        random_mask(seed, batch, 2 * tokens)[:, ::2],
         torch.arange(tokens, device=DEVICE)[None],
         torch.arange(tokens, device=DEVICE).expand(batch, -1) - 100,
     ]
