@@ -1,6 +1,7 @@
 """Stage 1 across frames: a literal twin, what merges and what stays, families, trace, gradients, bad input."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import qwen_models as qwen
@@ -9,9 +10,10 @@ from models import CASES, IMAGE
 from torch.nn.functional import cosine_similarity
 
 import duet
-from duet import DuetConfig, over_time
+from duet import DuetConfig, long_video_bench, over_time
 from duet.families.prompt import Prompt, insert
 from duet.over_time import forerunners, merge_over_time
+from duet.probe import peak_memory
 from duet.stage1 import CLASS_TOKEN, CONTEXTUAL, DOMINANT, VisionReduction
 
 GRID = (3, 4)
@@ -204,13 +206,15 @@ def test_rotary_positions_are_those_of_the_tokens_that_stay(family):
     inputs = case.inputs(model, [case.samples["video"]])
     ids, marks = inputs["input_ids"], inputs["input_ids"] == qwen.VIDEO
     with duet.attach(model, DuetConfig(dominant=4, contextual=2, schedule={}, across_frames=9)) as handle:
-        [video] = handle.family.pictures(model, inputs)
+        family: Any = handle.family
+        [video] = family.pictures(model, inputs)
         with duet.trace() as record:
             encoded = video.encode(None)
         whole = Prompt(model.get_input_embeddings()(ids), inputs["attention_mask"])
-        whole = handle.family.place(model, ids, whole, inputs, None)
+        whole = family.place(model, ids, whole, inputs, None)
         shrunk = insert(whole, [(video, marks, encoded)], None)
     assert encoded.offsets.tolist() == record.images[0].source == sorted(record.images[0].source)
+    assert whole.position_ids is not None and shrunk.position_ids is not None
     wanted = whole.position_ids[:, 0, marks[0]][:, encoded.offsets]
     assert torch.equal(shrunk.position_ids[:, 0, shrunk.visual_mask[0]], wanted)
     assert torch.equal(shrunk.inputs_embeds[shrunk.visual_mask], encoded.tokens)
@@ -235,6 +239,40 @@ def test_a_packed_tower_takes_long_videos_in_steps(family, config, monkeypatch):
     with duet.attach(model, DuetConfig.none()):
         model(**inputs)
     assert len(sizes) == 2  # whole pictures take the model's own way
+
+
+def peak(case, model, family, frames, config):
+    """Bytes that encoding a video of so many frames needs beyond weights and pixels."""
+    inputs = case.inputs(model, [(2, [("video", frames if family in CLIPS else (frames, 6, 8))], 4)])
+    with torch.no_grad(), duet.attach(model, config) as handle:
+        host: Any = handle.family
+        return peak_memory(lambda: host.pictures(model, inputs)[0].encode(None), torch.device("cpu")).tracked
+
+
+@pytest.mark.parametrize("family", list(VIDEO_CASES))
+def test_what_the_tower_needs_hardly_depends_on_the_number_of_frames(family, monkeypatch):
+    monkeypatch.setattr("duet.families.qwen_tower._PATCHES_AT_ONCE", 16 * 48)
+    case = VIDEO_CASES[family]
+    model = case.build()
+    config = DuetConfig(dominant=1, contextual=0, schedule={}, stage1="average_pool", across_frames=0.25)
+    few, many = (peak(case, model, family, frames, config) for frames in (32, 128))
+    assert many <= 1.25 * few
+
+
+def test_the_bench_of_long_videos(capsys, tmp_path):
+    arguments = (
+        "--frames 64 256 --dominant 2 --contextual 0 --image_size 84 --tower_width 64 --tower_layers 2 --width 128 "
+        "--layers 2 --rounds 1 --device cpu --markdown"
+    )
+    assert long_video_bench.main([*arguments.split(), str(tmp_path / "report.md")]) == 0
+    report = (tmp_path / "report.md").read_text()
+    assert report.strip() in capsys.readouterr().out and "- torch: " in report
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("|")]
+    assert [row[:3] for row in rows[2:]] == [
+        ["all tokens", "16", "592"], ["reduced", "64", "128"], ["reduced", "256", "512"], ["merged, too", "64", "32"],
+        ["merged, too", "256", "128"],
+    ]  # fmt: skip
+    assert all(int(row[-1].rstrip("%")) <= 100 for row in rows[2:])  # of the memory that 16 whole frames take
 
 
 @pytest.mark.parametrize("family", list(VIDEO_CASES))
@@ -264,7 +302,7 @@ def test_generation_and_saved_configurations(family, tmp_path):
         assert torch.equal(cached, plain)
         model.config.save_pretrained(tmp_path)
     stored = DuetConfig.from_model_config(type(model.config).from_pretrained(tmp_path))
-    assert stored == CONFIG and stored.across_frames == 0.5
+    assert stored == CONFIG and CONFIG.across_frames == 0.5
     assert "across_frames" not in DuetConfig().to_dict()
     assert not DuetConfig(stage1="none", schedule={}, across_frames=0.5).is_noop(36)
 
