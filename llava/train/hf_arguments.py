@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 from llava.reduction import ReductionArguments
-from llava.train.arguments import RunArguments, TrainingArguments, parse_arguments
-
-logger = logging.getLogger(__name__)
+from llava.train.arguments import TrainingArguments, parse_arguments
 
 TUNABLE = ("mm_mlp_adapter", "mm_language_model", "mm_vision_tower")
 
@@ -93,8 +91,11 @@ class HfTrainingArguments(TrainingArguments):
             raise ValueError(f"--bits {self.bits}: quantised bases are trained by scripts/finetune_duet_qlora.sh only")
 
 
-def parse_hf_arguments(argv: list[str] | None = None) -> RunArguments:
+def parse_hf_arguments(argv: list[str] | None = None) -> Any:
     """Read a command line.
+
+    Returns:
+        `RunArguments` whose groups are those above.
 
     Raises:
         ValueError: an unknown flag, or a value that is not allowed.

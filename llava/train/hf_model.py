@@ -14,7 +14,6 @@ from duet import DuetConfig
 from duet.families import FAMILIES
 from duet.families.reduced import HostFamily
 from llava.model.language_model.causal_lm import clean_generation_config
-from llava.train.arguments import RunArguments
 from llava.train.build import unify_dtype, widen_trainable
 from llava.train.hf_chat import Chat
 from llava.train.hf_processor import FRAMES_LIKE_PICTURES, load_processor
@@ -81,13 +80,13 @@ def preset_of(model_type: str, tokens: int | None) -> str | None:
     return PRESETS.get(model_type)
 
 
-def reduction_of(args: RunArguments, model_type: str, stored: DuetConfig | None) -> DuetConfig | None:
+def reduction_of(args: Any, model_type: str, stored: DuetConfig | None) -> DuetConfig | None:
     """Combine the flags with what the checkpoint says; None for no reduction."""
     preset = preset_of(model_type, args.reduction.duet_tokens)
     return args.reduction.to_config(stored, **({} if preset is None else {"preset": preset}))
 
 
-def load_model(args: RunArguments, model_type: str, attention: str) -> Any:
+def load_model(args: Any, model_type: str, attention: str) -> Any:
     """Load the weights into the class of the model's family."""
     training = args.training
     host: Any = FAMILIES.get(model_type).host  # type: ignore[attr-defined]
@@ -111,7 +110,7 @@ def projectors(model: nn.Module) -> list[str]:
     return found
 
 
-def apply_lora(model: Any, args: RunArguments, decoder: nn.Module) -> Any:
+def apply_lora(model: Any, args: Any, decoder: nn.Module) -> Any:
     """Put adapters on the linear layers of the decoder; projectors that learn are saved with them.
 
     Raises:
@@ -144,7 +143,7 @@ def apply_lora(model: Any, args: RunArguments, decoder: nn.Module) -> Any:
     return adapted
 
 
-def set_trainable(model: nn.Module, args: RunArguments) -> None:
+def set_trainable(model: nn.Module, args: Any) -> None:
     """Freeze and free the parts of a model that is trained in full."""
     parts = args.model.parts - ({"mm_mlp_adapter"} if args.training.freeze_mm_mlp_adapter else set())
     for name, parameter in model.named_parameters():
@@ -194,7 +193,7 @@ def _mark_frozen_leaves(module: nn.Module, decoder: set[int]) -> None:
         set_z3_leaf_module(module, True)
 
 
-def build(args: RunArguments, attention: str) -> tuple[Any, Chat]:
+def build(args: Any, attention: str) -> tuple[Any, Chat]:
     """Build the model and what makes its samples.
 
     Raises:

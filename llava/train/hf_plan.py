@@ -168,6 +168,8 @@ def find_model(model: str, recipe: HfRecipe) -> tuple[str | None, list[Missing]]
     if any(str(Path(model) / "config.json") == path for path, _ in recipe.before):
         return recipe.model_type, []
     path = Path(model)
+    if not path.is_dir() and (model.count("/") > 1 or model.startswith((".", "/"))):
+        return None, [Missing(f"model {model}", "put the model folder there, or set BASE_MODEL")]
     if path.is_dir() or is_cached(model):
         from llava.train.hf_model import model_type_of
 
@@ -176,8 +178,6 @@ def find_model(model: str, recipe: HfRecipe) -> tuple[str | None, list[Missing]]
                 Missing(f"model {model}", "the folder has no config.json; set BASE_MODEL to a model's folder")
             ]
         return model_type_of(model), []
-    if model.count("/") > 1 or model.startswith((".", "/")):
-        return None, [Missing(f"model {model}", "put the model folder there, or set BASE_MODEL")]
     remedy = "it is fetched from the Hugging Face hub; without access, copy it to a folder and set BASE_MODEL"
     return recipe.model_type if model == recipe.model else None, [Missing(f"model {model}", remedy, fatal=False)]
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin, cached_file
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def load_processor(path: str, config: Any, cache_dir: str | None = None, chat_te
     Raises:
         ValueError: there is no processor, no chat template, or no such template file.
     """
-    host = PROCESSOR_MAPPING.get(type(config), None)
+    host: Any = PROCESSOR_MAPPING.get(type(config), None)
     if host is not None and "video_processor" in host.get_attributes() and _without_video_part(config):
         processor = _load_without_video_part(host, path, config, cache_dir)
     else:
@@ -138,8 +138,6 @@ def _init_names(host: Any) -> list[str]:
 
 def _stored(path: str, cache_dir: str | None) -> dict[str, Any]:
     """Everything that the checkpoint's processor files say, the most specific file first."""
-    from transformers.utils import cached_file
-
     merged: dict[str, Any] = {}
     for name in _PROCESSOR_FILES:
         file = cached_file(
@@ -165,8 +163,6 @@ def _video_settings(stored: dict[str, Any], image_processor: Any) -> dict[str, A
 
 
 def _stored_template(path: str, cache_dir: str | None) -> str | None:
-    from transformers.utils import cached_file
-
     for name in ("chat_template.jinja", "chat_template.json"):
         file = cached_file(
             path, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False,

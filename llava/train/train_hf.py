@@ -16,7 +16,6 @@ from typing import Any
 import transformers
 
 from llava.train import runtime
-from llava.train.arguments import RunArguments
 from llava.train.callbacks import EXIT_STOPPED, EpochCallback, FrozenCallback, LogCallback, StopCallback, StopSignal
 from llava.train.hf_arguments import parse_hf_arguments
 from llava.train.hf_chat import Chat
@@ -43,13 +42,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(EXIT_STOPPED)
 
 
-def run(args: RunArguments, stop: StopSignal | None = None) -> bool:
+def run(args: Any, stop: StopSignal | None = None) -> bool:
     """Build, check, train and save.
 
     Returns:
         True when the run was stopped by a signal (a checkpoint was saved), False when it finished.
     """
-    attention, notice = runtime.resolve_attention(args.model.attn_implementation)  # type: ignore[arg-type]
+    attention, notice = runtime.resolve_attention(args.model.attn_implementation)
     if notice:
         logger.warning(notice)
     transformers.set_seed(args.training.seed)
@@ -64,7 +63,7 @@ def run(args: RunArguments, stop: StopSignal | None = None) -> bool:
     return fit(args, model, chat.processor, data, stop or StopSignal(), make_trainer)
 
 
-def load_data(args: RunArguments, chat: Chat, videos: bool) -> dict[str, Any]:
+def load_data(args: Any, chat: Chat, videos: bool) -> dict[str, Any]:
     """Read the annotation files and look at every record before the first step.
 
     Raises:
@@ -91,7 +90,7 @@ def load_data(args: RunArguments, chat: Chat, videos: bool) -> dict[str, Any]:
     return found
 
 
-def make_trainer(args: RunArguments, model: Any, processor: Any, data: dict[str, Any], stop: StopSignal) -> HfTrainer:
+def make_trainer(args: Any, model: Any, processor: Any, data: dict[str, Any], stop: StopSignal) -> HfTrainer:
     """Put the trainer together with its log and callbacks."""
     training = args.training
     run_log = RunLog(
