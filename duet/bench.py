@@ -107,7 +107,8 @@ def pick_shape(args: argparse.Namespace) -> Any:
 
 def pick_cases(args: argparse.Namespace) -> list[Case]:
     """Return the cases, every batch size with every text length."""
-    if min([*args.text, *(args.batch or []), *args.train_batch]) < 1 or min(args.text) < 2:
+    sizes: list[int] = [*(args.batch or []), *args.train_batch]
+    if min(sizes, default=1) < 1 or min(args.text, default=0) < 2:
         raise ValueError("--batch and --train_batch must be 1 or more, and --text 2 or more")
     if args.rounds < 1 or args.decode < 0:
         raise ValueError("--rounds must be 1 or more, and --decode 0 or more")

@@ -4,8 +4,8 @@ They switch tower and decoder to eager attention, so that every layer writes its
 off a map. So does this: the tower's ranked block hands out the map that it has just used, and so does the decoder layer
 that has run, for reducers that read it. DUET ranks with the next layer's weights: there that layer's attention makes
 its whole map before the drop. What a reducer then does with the signals is the library's own code, so it keeps the same
-tokens. Only the map that ranks is held, where published code often keeps those of all layers: the stand-in errs on the
-fast side.
+tokens. Only the map that ranks is held, where published code often keeps those of all layers, which flatters the
+stand-in; where published code computes single rows of the next layer (PyramidDrop), it is slower than that.
 
 Shapes: B batch, H heads, M tower tokens, N patches, R rows, L sequence.
 """
