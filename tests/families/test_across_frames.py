@@ -206,14 +206,16 @@ def test_rotary_positions_are_those_of_the_tokens_that_stay(family):
     inputs = case.inputs(model, [case.samples["video"]])
     ids, marks = inputs["input_ids"], inputs["input_ids"] == qwen.VIDEO
     with duet.attach(model, DuetConfig(dominant=4, contextual=2, schedule={}, across_frames=9)) as handle:
-        family: Any = handle.family
-        [video] = family.pictures(model, inputs)
+        host: Any = handle.family
+        [video] = host.pictures(model, inputs)
         with duet.trace() as record:
             encoded = video.encode(None)
         whole = Prompt(model.get_input_embeddings()(ids), inputs["attention_mask"])
-        whole = family.place(model, ids, whole, inputs, None)
+        whole = host.place(model, ids, whole, inputs, None)
         shrunk = insert(whole, [(video, marks, encoded)], None)
-    assert encoded.offsets.tolist() == record.images[0].source == sorted(record.images[0].source)
+    assert encoded.offsets is not None and encoded.offsets.tolist() == record.images[0].source == sorted(
+        record.images[0].source
+    )
     assert whole.position_ids is not None and shrunk.position_ids is not None
     wanted = whole.position_ids[:, 0, marks[0]][:, encoded.offsets]
     assert torch.equal(shrunk.position_ids[:, 0, shrunk.visual_mask[0]], wanted)
