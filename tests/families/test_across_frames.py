@@ -216,7 +216,7 @@ def test_rotary_positions_are_those_of_the_tokens_that_stay(family):
     assert encoded.offsets is not None and encoded.offsets.tolist() == record.images[0].source == sorted(
         record.images[0].source
     )
-    assert whole.position_ids is not None and shrunk.position_ids is not None
+    assert whole.position_ids is not None and shrunk.position_ids is not None and shrunk.visual_mask is not None
     wanted = whole.position_ids[:, 0, marks[0]][:, encoded.offsets]
     assert torch.equal(shrunk.position_ids[:, 0, shrunk.visual_mask[0]], wanted)
     assert torch.equal(shrunk.inputs_embeds[shrunk.visual_mask], encoded.tokens)
