@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +28,6 @@ from duet.signals import TowerSignals
 from duet.stage1 import VISION_REDUCERS, TowerOutput
 
 SEQUENCE, PASSES = "one sequence", f"passes of {PATCHES}"
-KEPT = DuetConfig(dominant=300, contextual=7)
 
 
 @dataclass
@@ -68,7 +68,8 @@ def run_stage1(
         say: where progress goes.
     """
     attention = _Attention(shape.tower_width, shape.tower_heads).to(device, dtype)
-    reducer = VISION_REDUCERS.get("local_cluster")
+    config = DuetConfig(dominant=300, contextual=7)
+    reducer = partial(VISION_REDUCERS.get(config.stage1), config=config)
     work: list[tuple[Point, Callable[[], object]]] = []
     for series in (SEQUENCE, PASSES):
         for size in sizes:
@@ -94,7 +95,7 @@ def _run(reducer: Any, attention: Any, passes: int, patches: int, width: int) ->
     def run() -> object:
         with torch.inference_mode():
             tower = TowerOutput(hidden, TowerSignals(hidden, attention, False), False, (1, patches), pixels, block)
-            return reducer(tower, KEPT)
+            return reducer(tower)
 
     return run
 

@@ -115,8 +115,8 @@ def check_reduction(args: argparse.Namespace) -> None:
     Raises:
         ValueError: what does not fit.
     """
-    if args.no_reduction:
-        return
+    if args.no_reduction or not ReductionArguments.from_namespace(args).given():
+        return  # what the checkpoint itself names is checked when it is loaded
     geometry = read_geometry(args.model_path, args.model_base)
     config = ReductionArguments.from_namespace(args).to_config(geometry.reduction)
     if config is not None:
