@@ -69,7 +69,8 @@ def run_stage1(
     """
     attention = _Attention(shape.tower_width, shape.tower_heads).to(device, dtype)
     config = DuetConfig(dominant=300, contextual=7)
-    reducer = partial(VISION_REDUCERS.get(config.stage1), config=config)
+    method: Any = VISION_REDUCERS.get(config.stage1)
+    reducer = partial(method, config=config)
     work: list[tuple[Point, Callable[[], object]]] = []
     for series in (SEQUENCE, PASSES):
         for size in sizes:

@@ -137,6 +137,11 @@ class LlavaMetaForCausalLM(ABC):
             if hasattr(self.config, "duet"):
                 del self.config.duet
             return
+        if config.across_frames is not None:
+            raise ValueError(
+                "across_frames merges the frames of a video, and this model reads every picture by itself; use "
+                "duet.attach on a Hugging Face model that takes videos, or leave it out"
+            )
         tower = self.get_vision_tower()
         if tower is not None:
             config.validate(patches=tower.num_patches, num_layers=self.config.num_hidden_layers, class_token=True)

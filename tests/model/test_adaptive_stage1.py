@@ -194,3 +194,8 @@ def test_tiles_hear_the_question_of_their_picture(tiled):
     for sizes in ([(300, 600)] * 2, None):
         kept = sources(tiled, input_ids=ids, images=[stack, stack.clone()], image_sizes=sizes)
         assert kept[0] == kept[1] == kept[2] != kept[3] == kept[4] == kept[5]
+
+
+def test_merging_over_time_is_refused(model):
+    with pytest.raises(ValueError, match="across_frames merges the frames of a video"):
+        model.set_reduction(DuetConfig(dominant=4, contextual=2, across_frames=5))
