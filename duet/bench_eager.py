@@ -32,8 +32,8 @@ from duet.families.llava import LlavaFamily
 from duet.families.passes import UnitSignals, View
 from duet.families.prompt import Encoded, Pictures
 from duet.families.qwen2_5_vl import Qwen25VLFamily
-from duet.signals import DecoderSignals, TowerSignals
-from duet.stage1 import VISION_REDUCERS, TowerOutput, in_raster_order
+from duet.signals import DecoderSignals, TowerSignals, rotate
+from duet.stage1 import VISION_REDUCERS, TowerOutput, in_raster_order, runs_tower_itself
 from duet.stage2 import LANGUAGE_REDUCERS, Decision, Stage
 from duet.vision import encode_vision, run_tower
 
@@ -174,8 +174,8 @@ class MapReducer:
         return keep
 
 
-class EagerLlava(LlavaFamily):
-    """LLaVA-1.5, ranked by maps."""
+class _RanksByMaps:
+    """Hands the decoder loop a reducer that reads maps; stands in front of a family."""
 
     def __init__(self, reducer: MapReducer | None) -> None:
         self._reducer = reducer
@@ -185,12 +185,17 @@ class EagerLlava(LlavaFamily):
         del encoded
         return {} if self._reducer is None else {"reducer": self._reducer}
 
+
+class EagerLlava(_RanksByMaps, LlavaFamily):
+    """LLaVA-1.5, ranked by maps."""
+
     def pictures(self, model: Any, inputs: Mapping[str, Any]) -> list[Pictures]:
         """Return the images, encoded with the ranked block's map."""
         found = super().pictures(model, inputs)
-        reducer: Any = VISION_REDUCERS.get(model._duet.config.stage1) if model._duet.config.stage1 != "none" else None
-        if reducer is None or hasattr(reducer, "resize") or hasattr(reducer, "encode"):
+        config = model._duet.config
+        if config.stage1 == "none" or runs_tower_itself(config.stage1):
             return found  # nothing to read off a map
+        reducer = VISION_REDUCERS.get(config.stage1)
         return [replace(one, encode=partial(_encode_llava, model, inputs["pixel_values"], reducer)) for one in found]
 
 
@@ -226,8 +231,8 @@ class _MappedBlock:
         block, attention = self._block, self._block.attn
         joint = attention.qkv(block.norm1(hidden_PD)).unflatten(-1, (3, attention.num_heads, -1))
         query, key, value = joint.permute(1, 2, 0, 3).unbind(0)
-        cos, sin = (table.float() for table in position_embeddings)
-        query, key = (_rotate(x.float(), cos, sin).to(value.dtype) for x in (query, key))
+        cos, sin = (table.float().unsqueeze(0) for table in position_embeddings)
+        query, key = (rotate(x.float().unsqueeze(0), cos, sin)[0].to(value.dtype) for x in (query, key))
         outputs = []
         bounds = cu_seqlens.tolist()
         for start, stop in pairwise(bounds):
@@ -240,21 +245,8 @@ class _MappedBlock:
         return hidden_PD + block.mlp(block.norm2(hidden_PD))
 
 
-def _rotate(x_HPd: Tensor, cos_Pd: Tensor, sin_Pd: Tensor) -> Tensor:
-    first, second = x_HPd.chunk(2, dim=-1)
-    return x_HPd * cos_Pd + torch.cat((-second, first), dim=-1) * sin_Pd
-
-
-class EagerQwen(Qwen25VLFamily):
+class EagerQwen(_RanksByMaps, Qwen25VLFamily):
     """Qwen2.5-VL, ranked by maps; images of one frame."""
-
-    def __init__(self, reducer: MapReducer | None) -> None:
-        self._reducer = reducer
-
-    def decoder_arguments(self, encoded: Mapping[str, Encoded]) -> dict[str, Any]:
-        """Return the reducer that reads maps."""
-        del encoded
-        return {} if self._reducer is None else {"reducer": self._reducer}
 
     def _encode(self, model: Any, pixels: Tensor, grid: Tensor, question: Any) -> Encoded:
         tower, config = model.model.visual, model._duet.config

@@ -9,7 +9,6 @@ Shapes: B batch, N patches, L positions of the language model, D width.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from duet.budget import DecoderShape
+from duet.probe import seconds_of
 
 if TYPE_CHECKING:
     from duet.config import DuetConfig
@@ -125,19 +125,7 @@ def calibrate(device: torch.device, dtype: torch.dtype, quick: bool = False) -> 
 
 
 def _best(run: Callable[[], Any], device: torch.device, times: int = 8) -> float:
-    seconds = []
-    for _ in range(times):
-        _wait(device)
-        start = time.perf_counter()
-        run()
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[2:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return min([seconds_of(run, device) for _ in range(times)][2:])
 
 
 def predicted_flops(

@@ -19,7 +19,7 @@ from duet.bench_device import energy_meter
 from duet.bench_eager import eager_attached
 from duet.bench_roofline import Machine, possible_seconds, predicted_flops
 from duet.config import DuetConfig
-from duet.probe import Parts, PeakMemory, Probe, peak_memory
+from duet.probe import Parts, PeakMemory, Probe, now, peak_memory, wait_for
 
 UNTOUCHED = "transformers"  # the model as the library runs it
 FULL = "full"  # all tokens, through DUET's code
@@ -150,10 +150,10 @@ def time_once(
     forward = probe.seconds() | _segments(probe, edges)
     start = time.perf_counter()
     loss.backward()
-    middle = _now(device)
+    middle = now(device)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    end = _now(device)
+    end = now(device)
     forward["total"] += end - start
     return forward | {"backward": middle - start, "optimizer": end - middle}, None
 
@@ -173,22 +173,16 @@ def decode_seconds(model: nn.Module, out: Any, steps: int) -> float:
     ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
     with torch.inference_mode():
         for _ in range(steps + 1):
-            start = _now(device)
+            start = now(device)
             step = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             ids, cache = step.logits[:, -1:].argmax(-1), step.past_key_values
-            seconds.append(_now(device) - start)
+            seconds.append(now(device) - start)
     return statistics.median(seconds[1:])
 
 
 def cache_bytes(cache: Any) -> int:
     """Return the bytes of the keys and values that a cache holds."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @contextlib.contextmanager
@@ -264,10 +258,10 @@ def _measure_energy(model: nn.Module, inputs: dict, optimizer: Any, pairs: list,
         return
     for entry, row in pairs:
         with configured(model, entry):
-            _now(device)
+            wait_for(device)
             before, start, runs = meter(), time.perf_counter(), 0
             while time.perf_counter() - start < ENERGY_SECONDS:
                 run_once(model, inputs, optimizer)
-                _now(device)
+                wait_for(device)
                 runs += 1
             row.joules = (meter() - before) / runs

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +22,7 @@ from torch import nn
 
 from duet.bench_shapes import PATCHES
 from duet.config import DuetConfig
-from duet.probe import peak_memory
+from duet.probe import peak_memory, seconds_of
 from duet.signals import TowerSignals
 from duet.stage1 import VISION_REDUCERS, TowerOutput
 
@@ -81,7 +80,7 @@ def run_stage1(
             say(f"stage 1, {series}, {passes * patches} tokens: memory")
     for number in range(rounds):
         for point, run in work:
-            point.seconds.append(_seconds(run, device))
+            point.seconds.append(seconds_of(run, device))
         say(f"stage 1: round {number + 1} of {rounds}")
     return [point for point, _ in work]
 
@@ -99,16 +98,6 @@ def _run(reducer: Any, attention: Any, passes: int, patches: int, width: int) ->
             return reducer(tower)
 
     return run
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def exponent(tokens: Sequence[int], values: Sequence[float]) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import nn
 from duet import attach, trace
 from duet.bench_report import environment
 from duet.config import DuetConfig
-from duet.probe import peak_memory
+from duet.probe import peak_memory, seconds_of
 
 MIB = 2**20
 _VIDEO, _WORDS = 999, 20
@@ -84,19 +83,9 @@ def measure(model: Any, name: str, config: DuetConfig, frames: int, rounds: int)
 
         with trace(images=False) as record:
             prefill()
-        seconds = [_seconds(encode, model.device) for _ in range(rounds)]
+        seconds = [seconds_of(encode, model.device) for _ in range(rounds)]
         peaks = [peak_memory(run, model.device).tracked for run in (encode, prefill)]
     return Row(name, frames, record.passes[0][0].visual[0], seconds, *peaks)
-
-
-def _seconds(run: Any, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def table(rows: list[Row]) -> str:

@@ -123,8 +123,7 @@ class Probe:
         Raises:
             RuntimeError: the pass did not run the decoder, so there is nothing to divide.
         """
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
         marks = [(mark.group, mark.starts, self._seconds_until(mark)) for mark in self._marks]
         busy = {group: 0.0 for group in ("tower", "projector", "decoder", "head")}
         first: dict[str, float] = {}
@@ -160,6 +159,25 @@ class Probe:
         return mark.stamp - start  # type: ignore[operator]
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until everything that was started on a device has ended."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def now(device: torch.device) -> float:
+    """Return the time in seconds at which everything that was started on a device has ended."""
+    wait_for(device)
+    return time.perf_counter()
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one run, from a device that waits to one that has finished."""
+    start = now(device)
+    run()
+    return now(device) - start
+
+
 @dataclass(frozen=True)
 class PeakMemory:
     """Bytes that a run needed at its peak, beyond what was allocated before it.
@@ -181,11 +199,11 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> PeakMemory:
         device: where it allocates.
     """
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait_for(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        torch.cuda.synchronize(device)
+        wait_for(device)
         return PeakMemory(torch.cuda.max_memory_allocated(device) - before, None)
     resident = _resident_growth(run)
     return PeakMemory(_cpu_peak(run), resident)

@@ -139,16 +139,20 @@ def stages(layers: Sequence[int], counts: Sequence[int], patches: int) -> dict[i
     return out
 
 
+def _nearest(published: Mapping[int, Any], tokens: float, patches: int) -> int:
+    """Return the published budget whose share of the patches is nearest."""
+    return min(published, key=lambda known: abs(known / PATCHES - tokens / patches))
+
+
 def _nearest_list(published: Mapping[int, Sequence[int]], tokens: float, patches: int) -> list[int]:
-    nominal = min(published, key=lambda known: abs(known / PATCHES - tokens / patches))
-    return [round(count * patches / PATCHES) for count in published[nominal]]
+    counts = published[_nearest(published, tokens, patches)]
+    return [round(count * patches / PATCHES) for count in counts]
 
 
 def _published(published: Mapping[int, Any], tokens: float, patches: int) -> Any:
     """Return what was published for a share of the patches."""
-    share = tokens / patches
-    nominal = min(published, key=lambda known: abs(known / PATCHES - share))
-    if abs(nominal / PATCHES - share) > _SAME_SHARE:
+    nominal = _nearest(published, tokens, patches)
+    if abs(nominal / PATCHES - tokens / patches) > _SAME_SHARE:
         known = ", ".join(str(n) for n in sorted(published, reverse=True))
         raise BudgetError(
             f"{tokens:g} of {patches} visual tokens: settings are published for {known} of {PATCHES} only"

@@ -25,9 +25,18 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from duet import tracing
 from duet.config import DuetConfig
 from duet.families import ModelFacts
-from duet.families.passes import View, feature_choice, plan, reduce_passes, runs_tower_itself, singles
+from duet.families.passes import View, feature_choice, plan, reduce_passes, singles
 from duet.families.prompt import Encoded, Pictures
-from duet.stage1 import CLASS_TOKEN, CONTEXTUAL, DOMINANT, NEWLINE, VISION_REDUCERS, TowerOutput, VisionReduction
+from duet.stage1 import (
+    CLASS_TOKEN,
+    CONTEXTUAL,
+    DOMINANT,
+    NEWLINE,
+    VISION_REDUCERS,
+    TowerOutput,
+    VisionReduction,
+    runs_tower_itself,
+)
 from duet.vision import encode_vision, run_tower
 
 if TYPE_CHECKING:
@@ -215,7 +224,7 @@ def reduce_pictures(
     """
     plans = [_plan(config, layout, has_class) for layout in layouts]
     reduced = [number for number, mine in enumerate(plans) if any(mine)]
-    if reduced and runs_tower_itself(config):
+    if reduced and runs_tower_itself(config.stage1):
         return _reduce_whole_tiles(tower, tiles_TCHW, select_layer, layouts, config, project)
     output = run_tower(tower, tiles_TCHW, select_layer)
     if question is not None:

@@ -15,7 +15,7 @@ from transformers.models.llava_next_video.modeling_llava_next_video import (
 from duet.families import FAMILIES, ModelFacts
 from duet.families.anyres import anyres_facts, anyres_pictures
 from duet.families.passes import Frames, View, encode_frames, feature_choice
-from duet.families.prompt import Encoded, Pictures
+from duet.families.prompt import Encoded, Pictures, videos_of
 from duet.families.reduced import HostFamily
 from duet.question import Question
 
@@ -40,15 +40,10 @@ class LlavaNextVideoFamily(HostFamily):
         videos = inputs.get("pixel_values_videos")
         if videos is not None:
             view = _pooled(model)
+            choice, expected = feature_choice(model, inputs), videos.shape[1] * len(view.units)
             found.append(
-                Pictures(
-                    kind="video",
-                    token_id=model.config.video_token_id,
-                    expected=[videos.shape[1] * len(view.units)] * len(videos),
-                    rows={"pixel_values_videos": None},
-                    encode=lambda question: _encode_videos(
-                        model, videos, view, feature_choice(model, inputs), question
-                    ),
+                videos_of(
+                    model, videos, expected, lambda question: _encode_videos(model, videos, view, choice, question)
                 )
             )
         return found

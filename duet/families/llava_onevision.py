@@ -21,7 +21,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 from duet.families import FAMILIES, ModelFacts
 from duet.families.anyres import anyres_facts, anyres_pictures
 from duet.families.passes import Frames, View, encode_frames, feature_choice
-from duet.families.prompt import Encoded, Pictures
+from duet.families.prompt import Encoded, Pictures, videos_of
 from duet.families.reduced import HostFamily
 from duet.question import Question
 
@@ -51,15 +51,10 @@ class LlavaOnevisionFamily(HostFamily):
         videos = inputs.get("pixel_values_videos")
         if videos is not None:
             view = _pooled(model)
+            choice, expected = feature_choice(model, inputs), videos.shape[1] * len(view.units) + 1
             found.append(
-                Pictures(
-                    kind="video",
-                    token_id=model.config.video_token_id,
-                    expected=[videos.shape[1] * len(view.units) + 1] * len(videos),
-                    rows={"pixel_values_videos": None},
-                    encode=lambda question: _encode_videos(
-                        model, videos, view, feature_choice(model, inputs), question
-                    ),
+                videos_of(
+                    model, videos, expected, lambda question: _encode_videos(model, videos, view, choice, question)
                 )
             )
         return found

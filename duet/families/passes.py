@@ -17,7 +17,7 @@ from duet import tracing
 from duet.config import DuetConfig
 from duet.over_time import merge_over_time
 from duet.signals import TowerSignals
-from duet.stage1 import NEWLINE, VISION_REDUCERS, TowerOutput, VisionReduction
+from duet.stage1 import NEWLINE, VISION_REDUCERS, TowerOutput, VisionReduction, runs_tower_itself
 from duet.vision import encode_vision, run_tower
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def plan(config: DuetConfig, units: Sequence[int], has_class: bool) -> list[Duet
             f"dominant = {config.dominant} tokens of a picture cannot be shared by its {len(taking_part)} tower passes "
             "(tiles or frames); ask for at least one each, or for fewer frames"
         )
-    if shared and runs_tower_itself(config):
+    if shared and runs_tower_itself(config.stage1):
         raise ValueError(f"stage1={config.stage1!r} keeps equally many tokens of every tower pass; use per='pass'")
     for rank, number in enumerate(taking_part):
         counts = config.for_patches(units[number])
@@ -171,12 +171,6 @@ def plan(config: DuetConfig, units: Sequence[int], has_class: bool) -> list[Duet
         if not _keeps_all(counts, units[number], class_token):
             plans[number] = counts
     return plans
-
-
-def runs_tower_itself(config: DuetConfig) -> bool:
-    """Return whether the vision reducer changes pictures or tower blocks, so that it cannot start from features."""
-    reducer = VISION_REDUCERS.get(config.stage1)
-    return hasattr(reducer, "resize") or hasattr(reducer, "encode")
 
 
 def _keeps_all(config: DuetConfig, units: int, class_token: int) -> bool:
@@ -286,7 +280,7 @@ def encode_frames(how: Frames, videos_VFCHW: Tensor, config: DuetConfig, questio
     merges = config.across_frames is not None and frames > 1
     if not any(plans) and not merges:
         return _left_whole(how, pixels, frames)
-    if config.stage1 != "none" and runs_tower_itself(config):
+    if config.stage1 != "none" and runs_tower_itself(config.stage1):
         return _encode_whole_frames(how, pixels, config, frames)
     if question is not None:
         question = question.select(torch.arange(videos).repeat_interleave(frames))

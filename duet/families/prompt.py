@@ -97,6 +97,17 @@ class Pictures:
     encode: Callable[[Question | None], Encoded]
 
 
+def videos_of(model: Any, videos: Tensor, tokens: int, encode: Callable[[Question | None], Encoded]) -> Pictures:
+    """Return the videos of a batch, [V, F, 3, height, width], with as many placeholders each as ``tokens`` says."""
+    return Pictures(
+        kind="video",
+        token_id=model.config.video_token_id,
+        expected=[tokens] * len(videos),
+        rows={"pixel_values_videos": None},
+        encode=encode,
+    )
+
+
 def placeholders(model: Any, ids_or_embeds: Tensor, token_id: int) -> Tensor:
     """Return where placeholders stand, [B, L] bool."""
     if ids_or_embeds.dim() == 2:

@@ -24,7 +24,7 @@ from duet.families.passes import UnitSignals, View, plan, singles
 from duet.grids import pooled_grid
 from duet.over_time import merge_over_time
 from duet.signals import TowerSignals, attention_rows, rotate
-from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, in_raster_order
+from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, in_raster_order, runs_tower_itself
 
 if TYPE_CHECKING:
     from duet.question import Question
@@ -168,9 +168,7 @@ def check_reducer(config: DuetConfig, model_type: str) -> None:
 
 
 def _works(name: str) -> bool:
-    reducer = VISION_REDUCERS.get(name)
-    runs_tower = hasattr(reducer, "resize") or hasattr(reducer, "encode")
-    return not (runs_tower or getattr(reducer, "reads_next_block", False))
+    return not (runs_tower_itself(name) or getattr(VISION_REDUCERS.get(name), "reads_next_block", False))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers.models.video_llava.modeling_video_llava import (
 
 from duet.families import FAMILIES, ModelFacts
 from duet.families.passes import Frames, View, encode_frames, feature_choice
-from duet.families.prompt import Encoded, Pictures
+from duet.families.prompt import Encoded, Pictures, videos_of
 from duet.families.reduced import HostFamily
 from duet.question import Question
 from duet.vision import encode_vision
@@ -57,14 +57,9 @@ class VideoLlavaFamily(HostFamily):
                 )
             )
         if videos is not None:
+            expected = videos.shape[1] * (patches + 1)
             found.append(
-                Pictures(
-                    kind="video",
-                    token_id=model.config.video_token_id,
-                    expected=[videos.shape[1] * (patches + 1)] * len(videos),
-                    rows={"pixel_values_videos": None},
-                    encode=lambda question: _encode_videos(model, videos, layer, question),
-                )
+                videos_of(model, videos, expected, lambda question: _encode_videos(model, videos, layer, question))
             )
         return found
 

@@ -234,3 +234,9 @@ def in_raster_order(reduction: VisionReduction) -> VisionReduction:
 
 VisionReducer = Callable[[TowerOutput, "DuetConfig"], VisionReduction]
 VISION_REDUCERS: Registry[VisionReducer] = Registry("vision reducer", "duet.stage1")
+
+
+def runs_tower_itself(name: str) -> bool:
+    """Return whether a vision reducer changes pictures or tower blocks, so that it cannot start from features."""
+    reducer = VISION_REDUCERS.get(name)
+    return hasattr(reducer, "resize") or hasattr(reducer, "encode")

@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.generate import Answerer, template_for
-from llava.eval.ledger import ModelShape, bill
 from llava.eval.plans import read_geometry
 from llava.eval.processes import Processes
 from llava.eval.runner import (
-    RESULT_SUFFIX,
     BenchmarkRun,
     RunOptions,
     load_questions,
@@ -242,8 +240,8 @@ class Session:
         """Run all benchmarks with the model's present reduction.
 
         Returns:
-            Their records, the cost of a sample added (none in other processes than the first, and with a limit), and
-            whether every question was answered.
+            Their records (none in other processes than the first, and with a limit), and whether every question was
+            answered.
         """
         args, model = self.args, self.model
         dtype = str(model.dtype).removeprefix("torch.") + ", 8 bit" * args.load_8bit + ", 4 bit" * args.load_4bit
@@ -262,8 +260,6 @@ class Session:
             run = BenchmarkRun(task, questions, answerer, settings, options, self.processes, about)
             record = run.run()
             if record is not None:
-                path = run.answers_path.with_suffix(RESULT_SUFFIX)
-                bill(record, path, run.answers_path, model.reduction, ModelShape.of(model))
                 records.append(record)
             if self.processes.first:
                 complete &= report_run(run, record)

@@ -6,14 +6,12 @@ allows that. Here every question is asked alone.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
-import torch
-from PIL import Image
-
+from duet.probe import seconds_of
 from llava.eval.generate import Answerer, template_for
 from llava.eval.pictures import open_with
 from llava.eval.plans import Plan
@@ -54,18 +52,7 @@ def latencies(session: Any, plans: Sequence[Plan], count: int) -> dict[str, floa
         for plan in plans:
             model.set_reduction(plan.config)
             part = asked if number else asked[:1]
-            taken.setdefault(plan.name, []).extend(_seconds(answerer, sample, task.max_new_tokens) for sample in part)
+            taken.setdefault(plan.name, []).extend(
+                seconds_of(partial(answerer.answer, [sample], task.max_new_tokens), model.device) for sample in part
+            )
     return {name: median(values[1:]) for name, values in taken.items()}
-
-
-def _seconds(answerer: Answerer, sample: tuple[str, list[Image.Image]], new_tokens: int) -> float:
-    _synchronise()
-    begin = time.perf_counter()
-    answerer.answer([sample], new_tokens)
-    _synchronise()
-    return time.perf_counter() - begin
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

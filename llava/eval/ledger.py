@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -16,7 +15,6 @@ from duet import DuetConfig
 from duet.budget import DecoderShape, vision_flops
 from duet.stage1 import VISION_REDUCERS
 from duet.tracing import Trace
-from llava.eval.answers import read_rows, write_json
 from llava.model.anyres import Tiling, TokenCounter
 
 Pairs = Sequence[Sequence[int]]
@@ -190,17 +188,3 @@ def costs(
         "tower_flops": fmean(tower * facts["patches"] / shape.patches for facts in seen),
         "kv_bytes": fmean(shape.decoder.kv_bytes(row, shape.kv_bytes) for row in positions),
     }
-
-
-def bill(record: dict[str, Any], path: Path, answers: Path, reduction: DuetConfig | None, shape: ModelShape) -> None:
-    """Add `costs` to a run's record, in memory and in its file.
-
-    Args:
-        record: what the run returned; its `visual_tokens` grow.
-        path: where it is stored.
-        answers: the run's answers with their metadata.
-        reduction: the reduction in force.
-        shape: of the model.
-    """
-    record["visual_tokens"] |= costs([row["metadata"] for row in read_rows(answers)], reduction, shape)
-    write_json(path, record)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import duet
 from llava.eval.answers import AnswersFile, cut_torn_line, read_rows, refuse_repeated, write_json, write_lines
 from llava.eval.generate import Answerer
-from llava.eval.ledger import sample_metadata, summarise, tiled_tokens
+from llava.eval.ledger import ModelShape, costs, sample_metadata, summarise, tiled_tokens
 from llava.eval.pictures import PictureBatches, load_batches, open_with
 from llava.eval.processes import Processes
 from llava.eval.settings import Settings, questions_digest
@@ -274,7 +274,9 @@ class BenchmarkRun:
         answers = [Answer(row["question_id"], row["prompt"], row["text"], row["key"]) for row in rows]
         score: Score = self.task.score(self.options.root, answers)
         model = self.answerer.model
-        ledger = summarise([row["metadata"] for row in rows], model.reduction, model.config.num_hidden_layers)
+        metadata = [row["metadata"] for row in rows]
+        ledger = summarise(metadata, model.reduction, model.config.num_hidden_layers)
+        ledger |= costs(metadata, model.reduction, ModelShape.of(model))
         seconds = [row["seconds"] for row in rows]
         return {
             "name": self.options.name,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from duet import DuetConfig
 from duet.families.anyres import Layout
-from duet.families.passes import plan, runs_tower_itself
-from duet.stage1 import VISION_REDUCERS
+from duet.families.passes import plan
+from duet.stage1 import VISION_REDUCERS, runs_tower_itself
 from llava.mm_utils import get_anyres_image_grid_shape, read_pinpoints
 
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
@@ -148,7 +148,7 @@ def count_tokens(layout: Layout, reduction: DuetConfig | None, class_token: bool
     budgets = [wanted.entering_tokens(count) for wanted, count in zip(plans, shown, strict=True) if wanted is not None]
     if reduction is None or not budgets:
         return layout.placeholders
-    if runs_tower_itself(reduction):
+    if runs_tower_itself(reduction.stage1):
         return budgets[0] * layout.passes
     if getattr(VISION_REDUCERS.get(reduction.stage1), "shares_tiles", False):
         return min(sum(shown), budgets[0] * layout.passes)

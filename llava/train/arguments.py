@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,6 +17,13 @@ from llava.train import runtime
 from llava.train.argv import normalise_argv
 
 logger = logging.getLogger(__name__)
+
+
+def check_choice(flag: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise ValueError, naming the flag, unless its value is allowed."""
+    if value not in allowed:
+        *others, last = map(str, allowed)
+        raise ValueError(f"--{flag} {value}: expected {', '.join(others)} or {last}")
 
 
 @dataclass
@@ -83,10 +91,8 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.on_bad_sample not in ("error", "skip"):
-            raise ValueError(f"--on_bad_sample {self.on_bad_sample}: expected error or skip")
-        if self.scan_images not in ("none", "open", "decode"):
-            raise ValueError(f"--scan_images {self.scan_images}: expected none, open or decode")
+        check_choice("on_bad_sample", self.on_bad_sample, ("error", "skip"))
+        check_choice("scan_images", self.scan_images, ("none", "open", "decode"))
         if self.video_folder is not None:
             raise ValueError("--video_folder: video training is not supported yet")
         # No flags: filled in when the model is built.

@@ -54,6 +54,16 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: step_of(path) or 0)
 
 
+def refuse_deepspeed_state(folder: Path) -> None:
+    """Say so if a run without DeepSpeed is about to resume one with it.
+
+    Raises:
+        CheckpointError: the folder holds DeepSpeed's state only.
+    """
+    if not (folder / "optimizer.pt").is_file() and list(folder.glob("global_step*")):
+        raise CheckpointError(f"{folder} was saved by a run with --deepspeed; resume it with --deepspeed")
+
+
 def mark_complete(folder: Path, **facts: Any) -> None:
     """Write the marker that makes a checkpoint count; it lists every file and its size. Call it last, on one rank."""
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}

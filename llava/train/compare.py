@@ -149,12 +149,7 @@ def read_runs(trials: Sequence[Trial]) -> list[Run]:
     """Records of the complete trials, of the seeds whose run without reduction is complete."""
     complete = [trial for trial in trials if trial.done]
     bases = {trial.column for trial in complete if trial.plan.config is None}
-    runs = []
-    for trial in complete:
-        if trial.column in bases:
-            records = [record for record in read_records(trial.out / trial.column) if record["name"] == trial.plan.name]
-            runs.append((trial.plan, trial.column, records))
-    return runs
+    return [(trial.plan, trial.column, read_records(trial.folder)) for trial in complete if trial.column in bases]
 
 
 def training_table(lines: Sequence[Line], trials: Sequence[Trial]) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava.reduction import ReductionArguments
-from llava.train.arguments import TrainingArguments, parse_arguments
+from llava.train.arguments import TrainingArguments, check_choice, parse_arguments
 
 TUNABLE = ("mm_mlp_adapter", "mm_language_model", "mm_vision_tower")
 
@@ -61,10 +61,8 @@ class HfDataArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.on_bad_sample not in ("error", "skip"):
-            raise ValueError(f"--on_bad_sample {self.on_bad_sample}: expected error or skip")
-        if self.scan_images not in ("none", "open", "decode"):
-            raise ValueError(f"--scan_images {self.scan_images}: expected none, open or decode")
+        check_choice("on_bad_sample", self.on_bad_sample, ("error", "skip"))
+        check_choice("scan_images", self.scan_images, ("none", "open", "decode"))
         if self.num_frames < 1:
             raise ValueError(f"--num_frames {self.num_frames}: expected at least 1")
         # No flags: what the dataset of LLaVA's own training reads.

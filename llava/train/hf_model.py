@@ -17,7 +17,7 @@ from llava.model.language_model.causal_lm import clean_generation_config
 from llava.train.build import unify_dtype, widen_trainable
 from llava.train.hf_chat import Chat
 from llava.train.hf_processor import FRAMES_LIKE_PICTURES, load_processor
-from llava.train.lora import load_adapter, targets_pattern
+from llava.train.lora import adapt
 from llava.train.optim import part_of
 
 logger = logging.getLogger(__name__)
@@ -116,8 +116,6 @@ def apply_lora(model: Any, args: Any, decoder: nn.Module) -> Any:
     Raises:
         ValueError: a part that LoRA cannot leave whole, or a decoder without linear layers.
     """
-    from peft import LoraConfig, get_peft_model
-
     training, parts = args.training, args.model.parts
     if "mm_vision_tower" in parts:
         raise ValueError("--mm_tunable_parts: with --lora_enable the vision tower stays frozen; leave it out")
@@ -129,18 +127,8 @@ def apply_lora(model: Any, args: Any, decoder: nn.Module) -> Any:
     ]
     if not paths:
         raise ValueError("--lora_enable True: the language model has no linear layer")
-    config = LoraConfig(
-        r=training.lora_r,
-        lora_alpha=training.lora_alpha,
-        target_modules=targets_pattern(paths),
-        lora_dropout=training.lora_dropout,
-        bias=training.lora_bias,
-        modules_to_save=projectors(model) if "mm_mlp_adapter" in parts and not training.freeze_mm_mlp_adapter else None,
-    )
-    adapted = get_peft_model(model, config)
-    if training.lora_weight_path:
-        load_adapter(adapted, training.lora_weight_path)
-    return adapted
+    learns = "mm_mlp_adapter" in parts and not training.freeze_mm_mlp_adapter
+    return adapt(model, training, paths, modules_to_save=projectors(model) if learns else None)
 
 
 def set_trainable(model: nn.Module, args: Any) -> None:

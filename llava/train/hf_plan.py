@@ -18,14 +18,14 @@ from llava.train.plan import (
     Missing,
     Plan,
     Stage,
-    count_records,
     find_devices,
+    finish_stage,
     is_cached,
     missing_packages,
     parse_overrides,
     read_reduction,
-    split_batch,
 )
+from llava.train.plan_text import missing_lines
 from llava.train.recipes import Job
 
 MODULE = "llava.train.train_hf"
@@ -99,11 +99,7 @@ class HfPlan(Plan):
         ]
         lines += [f"  first      {title}" for title, _ in self.before()]
         lines += [f"  then       {title}" for title, _ in self.after()]
-        if not self.missing:
-            lines.append("  missing    nothing")
-        for item in self.missing:
-            lines.append(f"  {'missing' if item.fatal else 'note   '}    {item.what}: {item.remedy}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *missing_lines(self.missing)])
 
 
 def lora(flags: Mapping[str, Any]) -> bool:
@@ -232,15 +228,7 @@ def resolve_stage(
     chosen = env.get("DEEPSPEED_CONFIG")
     if chosen != "none" and (chosen or devices.launcher != "python"):
         flags["deepspeed"] = chosen or f"scripts/zero{stage.zero}.json"
-    size = int(overrides.get("per_device_train_batch_size") or env.get("PER_DEVICE_BATCH") or stage.per_device)
-    if "gradient_accumulation_steps" in overrides:
-        per_device, passes = size, int(overrides["gradient_accumulation_steps"])
-    else:
-        per_device, passes = split_batch(stage.global_batch, size, devices.world)
-    flags |= {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": passes}
-    flags |= dict(shared) | dict(overrides)
-    records = count_records(Path(str(flags["data_path"])), stage.records)
-    return Stage(stage, flags, Path(str(flags["output_dir"])), devices.world, per_device, passes, records)
+    return finish_stage(stage, flags | dict(shared), devices.world, env, overrides)
 
 
 def output_folder(

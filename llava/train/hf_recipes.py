@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava.train.recipes import StageRecipe
+from llava.train.recipes import SCHEDULE, StageRecipe
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,7 @@ class HfRecipe:
     after: tuple[str, tuple[str, ...]] | None = None
 
 
-_COMMON = {
-    "weight_decay": 0.0,
-    "warmup_steps": 0.03,
-    "lr_scheduler_type": "cosine",
-    "num_train_epochs": 1,
-    "model_max_length": 2048,
-    "group_by_modality_length": True,
-}
+_COMMON = {**SCHEDULE, "group_by_modality_length": True}
 _LARGE = _COMMON | {
     "learning_rate": 2e-5,
     "save_steps": 500,

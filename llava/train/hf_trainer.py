@@ -63,10 +63,7 @@ class HfTrainer(LLaVATrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target: Any = self.model if model is None else model
         folder = Path(resume_from_checkpoint)
-        if not (folder / "optimizer.pt").is_file() and list(folder.glob("global_step*")):
-            raise checkpoints.CheckpointError(
-                f"{folder} was saved by a run with --deepspeed; resume it with --deepspeed"
-            )
+        checkpoints.refuse_deepspeed_state(folder)
         if self.save_kind() == "adapter":
             load_adapter(target, folder)
             return

@@ -107,20 +107,34 @@ def apply_lora(model: nn.Module, args: Any) -> nn.Module:
     Raises:
         ImportError: peft is not installed.  ValueError: the model has no linear layer to adapt.
     """
-    from peft import LoraConfig, get_peft_model
 
     paths = adapted_paths(model)
     if not paths:
         raise ValueError("--lora_enable True: the model has no linear layer outside the vision tower and the projector")
+    return adapt(model, args, paths, task_type="CAUSAL_LM")
+
+
+def adapt(model: Any, args: Any, paths: list[str], **further: Any) -> Any:
+    """Put adapters on the modules with the given paths, and start them from `--lora_weight_path` if it is given.
+
+    Args:
+        model: in place.
+        args: the training arguments (`lora_*`).
+        paths: of linear layers.
+        **further: for `peft.LoraConfig`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    bias: Any = args.lora_bias
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         target_modules=targets_pattern(paths),
         lora_dropout=args.lora_dropout,
-        bias=args.lora_bias,
-        task_type="CAUSAL_LM",
+        bias=bias,
+        **further,
     )
-    adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    adapted = get_peft_model(model, config)
     if args.lora_weight_path:
         load_adapter(adapted, args.lora_weight_path)
     return adapted

@@ -303,15 +303,22 @@ def resolve_stage(plan: Plan, recipe: StageRecipe, env: Mapping[str, str], overr
         if job.bits != 16:
             flags["bits"] = job.bits
     flags |= zero_flag(plan, recipe, env)
+    return finish_stage(recipe, flags, devices.world, env, overrides)
+
+
+def finish_stage(
+    recipe: StageRecipe, flags: dict[str, Any], world: int, env: Mapping[str, str], overrides: Mapping[str, Any]
+) -> Stage:
+    """Divide the global batch among the ranks, and let what the user gave win."""
     size = int(overrides.get("per_device_train_batch_size") or env.get("PER_DEVICE_BATCH") or recipe.per_device)
     if "gradient_accumulation_steps" in overrides:
         per_device, accumulation = size, int(overrides["gradient_accumulation_steps"])
     else:
-        per_device, accumulation = split_batch(recipe.global_batch, size, devices.world)
-    flags |= {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
-    flags |= overrides
+        per_device, accumulation = split_batch(recipe.global_batch, size, world)
+    divided = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
+    flags = flags | divided | dict(overrides)
     records = count_records(Path(str(flags["data_path"])), recipe.records)
-    return Stage(recipe, flags, Path(str(flags["output_dir"])), devices.world, per_device, accumulation, records)
+    return Stage(recipe, flags, Path(str(flags["output_dir"])), world, per_device, accumulation, records)
 
 
 def zero_flag(plan: Plan, recipe: StageRecipe, env: Mapping[str, str]) -> dict[str, str]:

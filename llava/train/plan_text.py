@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llava.train import hf_recipes
@@ -10,7 +10,7 @@ from llava.train.recipes import JOBS, Recipe
 
 if TYPE_CHECKING:
     from duet import DuetConfig
-    from llava.train.plan import Plan, Stage
+    from llava.train.plan import Missing, Plan, Stage
 
 
 def budget_line(reduction: DuetConfig | None, recipe: Recipe) -> str:
@@ -68,11 +68,14 @@ def describe(plan: Plan) -> str:
         lines += stage_lines(number, stage)
     if plan.recipe.name == "tiny" and plan.job.last == "finetune":
         lines.append("  then       evaluation of the held-out split with and without reduction, table and pictures")
-    if not plan.missing:
-        lines.append("  missing    nothing")
-    for item in plan.missing:
-        lines.append(f"  {'missing' if item.fatal else 'note   '}    {item.what}: {item.remedy}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *missing_lines(plan.missing)])
+
+
+def missing_lines(missing: Sequence[Missing]) -> list[str]:
+    """What is not here, a line each."""
+    if not missing:
+        return ["  missing    nothing"]
+    return [f"  {'missing' if item.fatal else 'note   '}    {item.what}: {item.remedy}" for item in missing]
 
 
 def usage(environment: Mapping[str, str]) -> str:

@@ -55,16 +55,19 @@ class Recipe:
     lora: dict[str, Any]
 
 
-COMMON = {
-    "mm_projector_type": "mlp2x_gelu",
-    "mm_vision_select_layer": -2,
-    "mm_use_im_start_end": False,
-    "mm_use_im_patch_token": False,
+SCHEDULE = {
     "weight_decay": 0.0,
     "warmup_steps": 0.03,
     "lr_scheduler_type": "cosine",
     "num_train_epochs": 1,
     "model_max_length": 2048,
+}
+COMMON = {
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    **SCHEDULE,
 }
 
 # Source: the LLaVA-1.5 paper and its published scripts; DUET keeps the numbers (DUET-VLM Sec. 4).

@@ -181,23 +181,21 @@ def _check_image_marks(images: list[str], turns: Sequence[Turn]) -> None:
     """One picture: one turn holds the mark (repeated marks in it count once, as in LLaVA). Several: one mark each."""
     counts = [turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns]
     marks = sum(counts) if len(images) > 1 else sum(count > 0 for count in counts)
-    if marks != len(images):
-        relation = "more" if marks > len(images) else "fewer"
-        raise BadSampleError(
-            f"{relation} {DEFAULT_IMAGE_TOKEN} marks than images: {marks} for {len(images)}; "
-            "write one mark for each image, in the images' order",
-            f"{relation} marks than images",
-        )
+    _check_marks("image", DEFAULT_IMAGE_TOKEN, marks, len(images))
 
 
 def _check_video_marks(videos: list[str], turns: Sequence[Turn]) -> None:
     marks = sum(turn["value"].count(DEFAULT_VIDEO_TOKEN) for turn in turns if turn["from"] == "human")
-    if marks != len(videos):
-        relation = "more" if marks > len(videos) else "fewer"
+    _check_marks("video", DEFAULT_VIDEO_TOKEN, marks, len(videos))
+
+
+def _check_marks(kind: str, mark: str, marks: int, given: int) -> None:
+    if marks != given:
+        relation = "more" if marks > given else "fewer"
         raise BadSampleError(
-            f"{relation} {DEFAULT_VIDEO_TOKEN} marks than videos: {marks} for {len(videos)}; "
-            "write one mark for each video, in the videos' order",
-            f"{relation} marks than videos",
+            f"{relation} {mark} marks than {kind}s: {marks} for {given}; "
+            f"write one mark for each {kind}, in the {kind}s' order",
+            f"{relation} marks than {kind}s",
         )
 
 

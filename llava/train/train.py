@@ -211,31 +211,41 @@ def make_trainer(
 ) -> LLaVATrainer:
     """Put the trainer together with its log and callbacks."""
     training = args.training
-    run_log = RunLog(
+    training.prediction_loss_only = True
+    trainer = LLaVATrainer(
+        model=model,
+        processing_class=tokenizer,
+        args=training,
+        run_log=start_log(args),
+        image_processor=getattr(args.data, "image_processor", None),
+        **data,
+    )
+    add_callbacks(trainer, stop)
+    mark_zero3_leaves(training, model)
+    return trainer
+
+
+def start_log(args: RunArguments) -> RunLog:
+    """Open the run's log, with the resolved configuration in it."""
+    training = args.training
+    return RunLog(
         training.output_dir,
         describe_run(args.to_dict()),
         wandb_wanted=training.log_to_wandb,
         run_name=training.run_name,
         active=training.process_index == 0,
     )
-    training.prediction_loss_only = True
-    trainer = LLaVATrainer(
-        model=model,
-        processing_class=tokenizer,
-        args=training,
-        run_log=run_log,
-        image_processor=getattr(args.data, "image_processor", None),
-        **data,
-    )
+
+
+def add_callbacks(trainer: LLaVATrainer, stop: StopSignal) -> None:
+    """Watch for signals, count epochs, keep frozen parts in evaluation mode, and log."""
     for callback in (
         StopCallback(trainer, stop),
         EpochCallback(),
-        FrozenCallback(model),
-        LogCallback(trainer, run_log, training.raise_on_nan_grad),
+        FrozenCallback(trainer.model),
+        LogCallback(trainer, trainer.run_log, trainer.args.raise_on_nan_grad),
     ):
         trainer.add_callback(callback)
-    mark_zero3_leaves(training, model)
-    return trainer
 
 
 def mark_zero3_leaves(training: TrainingArguments, model: Any) -> None:

@@ -16,15 +16,14 @@ from typing import Any
 import transformers
 
 from llava.train import runtime
-from llava.train.callbacks import EXIT_STOPPED, EpochCallback, FrozenCallback, LogCallback, StopCallback, StopSignal
+from llava.train.callbacks import EXIT_STOPPED, StopSignal
 from llava.train.hf_arguments import parse_hf_arguments
 from llava.train.hf_chat import Chat
 from llava.train.hf_data import HfCollator, HfDataset, check_videos
 from llava.train.hf_model import build, prepare_for_zero3, takes_videos
 from llava.train.hf_trainer import HfTrainer
 from llava.train.optim import trainable_table
-from llava.train.run_log import RunLog, describe_run
-from llava.train.train import check_data, fit, set_up_logging
+from llava.train.train import add_callbacks, check_data, fit, set_up_logging, start_log
 
 # Named, because this module is `__main__` when it is started with `python -m`.
 logger = logging.getLogger("llava.train.train_hf")
@@ -93,24 +92,11 @@ def load_data(args: Any, chat: Chat, videos: bool) -> dict[str, Any]:
 def make_trainer(args: Any, model: Any, processor: Any, data: dict[str, Any], stop: StopSignal) -> HfTrainer:
     """Put the trainer together with its log and callbacks."""
     training = args.training
-    run_log = RunLog(
-        training.output_dir,
-        describe_run(args.to_dict()),
-        wandb_wanted=training.log_to_wandb,
-        run_name=training.run_name,
-        active=training.process_index == 0,
-    )
     training.prediction_loss_only = True
     if training.deepspeed and training.hf_deepspeed_config.is_zero3():
         prepare_for_zero3(model, training, model.config.model_type)
-    trainer = HfTrainer(model=model, processing_class=processor, args=training, run_log=run_log, **data)
-    for callback in (
-        StopCallback(trainer, stop),
-        EpochCallback(),
-        FrozenCallback(model),
-        LogCallback(trainer, run_log, training.raise_on_nan_grad),
-    ):
-        trainer.add_callback(callback)
+    trainer = HfTrainer(model=model, processing_class=processor, args=training, run_log=start_log(args), **data)
+    add_callbacks(trainer, stop)
     return trainer
 
 

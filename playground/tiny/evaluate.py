@@ -13,10 +13,11 @@ import json
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -47,8 +48,16 @@ class Question:
     ids: tuple[int, ...]
 
 
-def load_records(path: str) -> list[dict]:
+def load_records(
+    path: str, required: Sequence[str] = REQUIRED, kinds: Sequence[str] = KINDS, writer: str = "playground.tiny.build"
+) -> list[dict[str, Any]]:
     """Read a held-out file.
+
+    Args:
+        path: of the file.
+        required: fields of every record.
+        kinds: of questions.
+        writer: the module that writes such files.
 
     Raises:
         ValueError: the file is no list of records, or a record lacks a field or has an unknown kind; names it.
@@ -59,13 +68,13 @@ def load_records(path: str) -> list[dict]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(records, list) or not records:
-        raise ValueError(f"{path} must hold a non-empty list of records, as `playground.tiny.build` writes it")
+        raise ValueError(f"{path} must hold a non-empty list of records, as `{writer}` writes it")
     for number, record in enumerate(records):
-        missing = [key for key in REQUIRED if key not in record]
+        missing = [key for key in required if key not in record]
         if missing:
-            raise ValueError(f"{path}, record {number}: {', '.join(missing)} missing; expected {', '.join(REQUIRED)}")
-        if record["kind"] not in KINDS:
-            raise ValueError(f"{path}, record {record['id']}: kind {record['kind']!r}, expected one of {KINDS}")
+            raise ValueError(f"{path}, record {number}: {', '.join(missing)} missing; expected {', '.join(required)}")
+        if record["kind"] not in kinds:
+            raise ValueError(f"{path}, record {record['id']}: kind {record['kind']!r}, expected one of {kinds}")
     return records
 
 

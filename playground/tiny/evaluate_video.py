@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
@@ -29,32 +30,13 @@ from llava.train.hf_chat import Chat, messages_of
 from llava.train.hf_model import visual_ids
 from llava.train.hf_processor import load_processor
 from playground.tiny.evaluate import collect, layer_means, peak_memory
+from playground.tiny.evaluate import load_records as read_heldout
 from playground.tiny.video_questions import CHANCE, KINDS, UNORDERED
 
 FRAMES = 8
 MAX_NEW_TOKENS = 10
 REQUIRED = ("id", "video", "kind", "question", "answer", "conversations")
-
-
-def load_records(path: str) -> list[dict[str, Any]]:
-    """Read a held-out file.
-
-    Raises:
-        ValueError: it is no list of records, or a record lacks a field or has an unknown kind; names it.
-    """
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"{path} must hold a non-empty list of records, as `playground.tiny.build_video` writes it")
-    for number, record in enumerate(records):
-        missing = [key for key in REQUIRED if key not in record]
-        if missing:
-            raise ValueError(f"{path}, record {number}: {', '.join(missing)} missing; expected {', '.join(REQUIRED)}")
-        if record["kind"] not in KINDS:
-            raise ValueError(f"{path}, record {record['id']}: kind {record['kind']!r}, expected one of {KINDS}")
-    return records
+load_records = partial(read_heldout, required=REQUIRED, kinds=KINDS, writer="playground.tiny.build_video")
 
 
 def load(path: str, base: str | None, reduction: ReductionArguments) -> tuple[Any, Chat]:

@@ -30,6 +30,14 @@ def test_stage1_hands_on_exactly_what_was_asked_for(name):
     assert int((out.kind == 2).sum()) == out.members.shape[1]
 
 
+def assert_cached_equals_recomputed(model, config, tokens):
+    single = small.mixed_singles()[2]
+    with attach(model, config):
+        cached = model.generate(**single, max_new_tokens=tokens, do_sample=False)
+        again = model.generate(**single, max_new_tokens=tokens, do_sample=False, use_cache=False)
+    assert torch.equal(cached, again)
+
+
 @pytest.mark.parametrize("name", VISION)
 def test_stage1_does_not_look_at_other_images(name):
     pixels = small.pixels(3)
@@ -60,11 +68,7 @@ def test_selected_patches_are_tower_features_in_raster_order(name):
 @pytest.mark.parametrize("name", VISION)
 @torch.no_grad()
 def test_stage1_cached_generation_equals_recomputation(model, name):
-    single = small.mixed_singles()[2]
-    with attach(model, vision_config(name)):
-        cached = model.generate(**single, max_new_tokens=4, do_sample=False)
-        again = model.generate(**single, max_new_tokens=4, do_sample=False, use_cache=False)
-    assert torch.equal(cached, again)
+    assert_cached_equals_recomputed(model, vision_config(name), 4)
 
 
 @pytest.mark.parametrize("name", VISION)
@@ -101,11 +105,7 @@ def test_stage2_does_not_look_at_other_samples(model, name, side):
 @pytest.mark.parametrize("name", LANGUAGE)
 @torch.no_grad()
 def test_stage2_cached_generation_equals_recomputation(model, name):
-    single = small.mixed_singles()[2]
-    with attach(model, language_config(name)):
-        cached = model.generate(**single, max_new_tokens=6, do_sample=False)
-        again = model.generate(**single, max_new_tokens=6, do_sample=False, use_cache=False)
-    assert torch.equal(cached, again)
+    assert_cached_equals_recomputed(model, language_config(name), 6)
 
 
 @pytest.mark.parametrize("name", LANGUAGE)

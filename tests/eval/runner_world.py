@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from llava.eval.tasks.pope import Pope
+from llava.eval.tasks.scienceqa import ScienceQa
 from llava.model import LlavaLlamaForCausalLM
+from llava.model.builder import load_pretrained_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "tests" / "golden" / "tokenizer"
@@ -58,6 +63,27 @@ def build_model(folder: Path) -> Path:
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(TOKENIZER / name, model / name)
     return model
+
+
+@contextlib.contextmanager
+def short_answers(folder: Path, tokens: int) -> Iterator[SimpleNamespace]:
+    """The model and the benchmarks, whose answers have at most so many tokens inside the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        for task in (Pope, ScienceQa):
+            patch.setattr(task, "max_new_tokens", tokens)
+        yield build_world(folder)
+
+
+def load_model(folder: Path) -> tuple:
+    """Write that checkpoint and load it: tokenizer, model and image processor."""
+    return load_pretrained_model(str(build_model(folder)), None, "tiny-llava", device="cpu")[:3]
+
+
+def noise(seed: int, size: tuple[int, int] = (60, 40)) -> Image.Image:
+    """A picture of noise, (width, height)."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
 
 
 def save_picture(path: Path, seed: int) -> None:

@@ -10,16 +10,12 @@ from runner_world import flags
 
 from llava.eval.compare import main
 from llava.eval.plans import Geometry, baseline, choose_methods, read_geometry, run_name, solved_plans
-from llava.eval.tasks.pope import Pope
-from llava.eval.tasks.scienceqa import ScienceQa
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        for task in (Pope, ScienceQa):
-            patch.setattr(task, "max_new_tokens", 4)
-        yield runner_world.build_world(tmp_path_factory.mktemp("compare"))
+    with runner_world.short_answers(tmp_path_factory.mktemp("compare"), 4) as world:
+        yield world
 
 
 @pytest.fixture(scope="module")

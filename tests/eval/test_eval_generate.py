@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import runner_world
 import torch
-from PIL import Image
+from runner_world import noise
 
 import duet
 from llava.conversation import conv_templates
@@ -15,15 +15,13 @@ from llava.eval.generate import Answerer, mark_images, pack, preprocess, stop_st
 from llava.eval.ledger import sample_metadata, summarise
 from llava.eval.runner import Item, make_batches
 from llava.eval.tasks.base import Question
-from llava.model.builder import load_pretrained_model
 
 PLAIN = SimpleNamespace(mm_use_im_start_end=False)
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    path = runner_world.build_model(tmp_path_factory.mktemp("generate"))
-    return load_pretrained_model(str(path), None, "tiny-llava", device="cpu")[:3]
+    return runner_world.load_model(tmp_path_factory.mktemp("generate"))
 
 
 @pytest.fixture
@@ -33,18 +31,12 @@ def answerer(loaded):
     return Answerer(model, tokenizer, processor, "vicuna_v1")
 
 
-def picture(seed, size=(60, 40)):
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
 def mixed_batch():
-    same = picture(9)
+    same = noise(9)
     return [
-        ("What is it?", [picture(1)]),
+        ("What is it?", [noise(1)]),
         ("No picture, a much longer question about nothing at all?", []),
-        ("Which of these two is the red one, or are they the same?", [picture(2), picture(3, (30, 80))]),
+        ("Which of these two is the red one, or are they the same?", [noise(2), noise(3, (30, 80))]),
         ("Short?", [same]),
         ("And then?", [same, same, same]),
     ]
@@ -153,8 +145,8 @@ def test_answers_end_at_the_templates_separator(loaded, monkeypatch):
 
 
 def test_pictures_are_processed_once_and_stacked_where_they_fit(answerer):
-    same = picture(1)
-    pixels = preprocess([same, picture(2), same], answerer.image_processor, answerer.model.config)
+    same = noise(1)
+    pixels = preprocess([same, noise(2), same], answerer.image_processor, answerer.model.config)
     assert pixels[0] is pixels[2] and not torch.equal(pixels[0], pixels[1])
     assert pack(pixels[:2]).shape == (2, 3, 84, 84)
     assert pack([]) is None
@@ -166,7 +158,7 @@ def test_a_picture_that_several_questions_share_is_encoded_once(answerer, monkey
     encoded = []
     before = answerer.model.encode_images
     monkeypatch.setattr(answerer.model, "encode_images", lambda images: encoded.append(len(images)) or before(images))
-    same, other = picture(9), picture(8)
+    same, other = noise(9), noise(8)
     texts = answerer.answer([("What?", [same]), ("Why is it so?", [other, same]), ("Who?", [same])], 6)
     assert encoded == [2]
     assert texts == [

@@ -3,13 +3,12 @@
 import pytest
 import runner_world
 import torch
-from PIL import Image
+from runner_world import noise
 
 import duet
 from llava.eval import prefix
 from llava.eval.generate import Answerer
 from llava.eval.ledger import sample_metadata
-from llava.model.builder import load_pretrained_model
 
 STAGE_1_ONLY = duet.DuetConfig(dominant=10, contextual=2, schedule={})
 TWO_STAGES = duet.DuetConfig(dominant=10, contextual=2, schedule={1: 0.5, 3: 0.0})
@@ -18,8 +17,7 @@ LISTENS = duet.DuetConfig(stage1="cdpruner", dominant=12, contextual=0, schedule
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    path = runner_world.build_model(tmp_path_factory.mktemp("prefix"))
-    return load_pretrained_model(str(path), None, "tiny-llava", device="cpu")[:3]
+    return runner_world.load_model(tmp_path_factory.mktemp("prefix"))
 
 
 @pytest.fixture
@@ -31,12 +29,7 @@ def answerer(loaded):
     model.config.tokenizer_model_max_length = 2048
 
 
-def picture(seed):
-    generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray(torch.randint(0, 256, (40, 60, 3), generator=generator, dtype=torch.uint8).numpy())
-
-
-ONE, TWO = picture(1), picture(2)
+ONE, TWO = noise(1), noise(2)
 BATCH = [
     ("What is it?", [ONE]),
     ("Is there a red one on the left of it, or not?", [ONE]),

@@ -13,16 +13,13 @@ from runner_world import REDUCTION, answers_file, flags, in_processes, only
 
 from llava.eval.__main__ import main
 from llava.eval.tasks.pope import Pope
-from llava.eval.tasks.scienceqa import ScienceQa
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """The model and the benchmarks, with short answers."""
-    with pytest.MonkeyPatch.context() as patch:
-        for task in (Pope, ScienceQa):
-            patch.setattr(task, "max_new_tokens", 8)
-        yield runner_world.build_world(tmp_path_factory.mktemp("runner"))
+    with runner_world.short_answers(tmp_path_factory.mktemp("runner"), 8) as world:
+        yield world
 
 
 @pytest.fixture(scope="module")

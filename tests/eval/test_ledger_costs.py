@@ -2,8 +2,7 @@
 
 import pytest
 import runner_world
-import torch
-from PIL import Image
+from runner_world import noise
 
 import duet
 from duet import DuetConfig
@@ -12,8 +11,6 @@ from duet.calibrate import Calibration
 from duet.methods import METHODS, solve
 from llava.eval.generate import IMAGE_TEMPLATE, Answerer
 from llava.eval.ledger import ModelShape, costs, sample_metadata, summarise
-from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import load_pretrained_model
 
 PATCHES, LAYERS = runner_world.PATCHES, runner_world.LAYERS
 BUDGETS = (12, 18, 27)
@@ -21,22 +18,15 @@ BUDGETS = (12, 18, 27)
 
 @pytest.fixture(scope="module")
 def answerer(tmp_path_factory):
-    path = str(runner_world.build_model(tmp_path_factory.mktemp("ledger")))
-    tokenizer, model, processor, _ = load_pretrained_model(
-        path, None, get_model_name_from_path(path), device="cpu", duet_config="none"
-    )
+    tokenizer, model, processor = runner_world.load_model(tmp_path_factory.mktemp("ledger"))
     return Answerer(model, tokenizer, processor, IMAGE_TEMPLATE)
 
 
 def questions():
-    def picture(seed):
-        pixels = torch.randint(0, 256, (84, 84, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-        return Image.fromarray(pixels.numpy())
-
     return [
-        ("Is there a cat?", [picture(0)]),
+        ("Is there a cat?", [noise(0, (84, 84))]),
         ("Say something.", []),
-        ("What is on the long dining table?", [picture(1)]),
+        ("What is on the long dining table?", [noise(1, (84, 84))]),
     ]
 
 

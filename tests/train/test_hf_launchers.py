@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import hf_world
-import psutil
 import pytest
 import train_world
 
@@ -16,37 +12,14 @@ from llava.train.train_hf import run
 pytestmark = pytest.mark.slow
 
 
-def on_two_ranks(arguments, limit=150):
-    """Run a training under DeepSpeed's launcher; returns exit code and output."""
-    head = [
-        "deepspeed.launcher.runner",
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        str(train_world.port()),
-        "--module",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *head, "llava.train.train_hf", *arguments],
-        env=train_world.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        cwd=train_world.ROOT,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-            child.kill()
-        pytest.fail(f"no end after {limit} s: the ranks wait for each other\n{process.communicate()[0][-3000:]}")
-    return process.returncode, output
-
-
 def test_zero3_with_text_only_ranks_equals_one_rank(tmp_path):
     """Pictures of different shapes (so of different numbers of tower passes) on one rank, text on the other."""
     model = hf_world.build("llava_next", tmp_path)
     data = hf_world.write_records(tmp_path / "data", count=8, text_only=5)
     shared = {"max_steps": 3, "save_strategy": "no", "seed": 5}
     zero3 = {"deepspeed": train_world.ROOT / "scripts" / "zero3.json", "per_device_train_batch_size": 1}
-    code, output = on_two_ranks(hf_world.command_line(tmp_path, "llava_next", model, data, "zero3", **shared, **zero3))
+    flags = hf_world.command_line(tmp_path, "llava_next", model, data, "zero3", **shared, **zero3)
+    code, output = train_world.finish(train_world.start_ranks(flags, module="llava.train.train_hf"), limit=150)
     assert code == 0, output[-3000:]
     one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     run(parse_hf_arguments(hf_world.command_line(tmp_path, "llava_next", model, data, "single", **shared, **one)))

@@ -13,43 +13,10 @@ import psutil
 import pytest
 import train_world
 from PIL import Image
+from train_world import finish, start_ranks
 
 SCRIPTS = train_world.ROOT / "scripts"
 pytestmark = pytest.mark.slow
-
-
-def start(arguments, launcher="deepspeed", **env):
-    """Start a training on two ranks; its output goes to the pipe."""
-    if launcher == "deepspeed":
-        head = [
-            "deepspeed.launcher.runner",
-            "--num_accelerators",
-            "2",
-            "--master_port",
-            str(train_world.port()),
-            "--module",
-        ]
-    else:
-        head = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", train_world.port(), "-m"]
-    command = [sys.executable, "-m", *head, "llava.train.train", *arguments]
-    return subprocess.Popen(
-        command,
-        env=train_world.environment(**env),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=train_world.ROOT,
-    )
-
-
-def finish(process, limit=240):
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-            child.kill()
-        pytest.fail(f"no end after {limit} s: the ranks wait for each other\n{process.communicate()[0][-3000:]}")
-    return process.returncode, output
 
 
 @pytest.fixture
@@ -69,7 +36,7 @@ def test_zero3_with_text_only_ranks_equals_one_rank(train, flags, tmp_path, text
     shared |= {"mm_projector_lr": 5e-4, "seed": 3, "pretrain_mm_mlp_adapter": tmp_path / "stage1" / "mm_projector.bin"}
     # With a feature cache one rank may need the tower, whose weights lie on both, when the other does not.
     zero3 = flags("zero3", deepspeed=SCRIPTS / "zero3.json", feature_cache=tmp_path / "cache", **shared)
-    code, output = finish(start(zero3))
+    code, output = finish(start_ranks(zero3))
     assert code == 0, output[-3000:]
     train("single", gradient_accumulation_steps=2, **shared)
     one, two = train_world.losses(tmp_path, "single"), train_world.losses(tmp_path, "zero3")
@@ -101,7 +68,7 @@ def test_zero3_with_tiles_equals_one_rank(train, flags, tmp_path):
     )
     off = dict.fromkeys(("dominant", "contextual", "layer_list", "image_token_ratio_list"))
     for name, kind in {"duet": off | {"reduction_config": tmp_path / "reduction.json"}, "baseline": off}.items():
-        code, output = finish(start(flags(f"{name}-3", deepspeed=SCRIPTS / "zero3.json", **shared | kind)))
+        code, output = finish(start_ranks(flags(f"{name}-3", deepspeed=SCRIPTS / "zero3.json", **shared | kind)))
         assert code == 0, output[-3000:]
         train(f"{name}-1", gradient_accumulation_steps=2, **shared | kind)
         one, two = train_world.losses(tmp_path, f"{name}-1"), train_world.losses(tmp_path, f"{name}-3")
@@ -113,7 +80,7 @@ def test_zero3_with_tiles_equals_one_rank(train, flags, tmp_path):
 def test_zero3_in_bf16(train, flags, tmp_path, lora):
     """The projector and the adapters are made outside of ZeRO-3's partitioning, and still get its number type."""
     shared = {"max_steps": 2, "save_steps": 2, "seed": 3, "lora_enable": lora}
-    code, output = finish(start(flags("zero3", deepspeed=SCRIPTS / "zero3.json", bf16=True, **shared)))
+    code, output = finish(start_ranks(flags("zero3", deepspeed=SCRIPTS / "zero3.json", bf16=True, **shared)))
     assert code == 0, output[-3000:]
     train("single", gradient_accumulation_steps=2, **shared)
     one, two = train_world.losses(tmp_path, "single"), train_world.losses(tmp_path, "zero3")
@@ -123,7 +90,7 @@ def test_zero3_in_bf16(train, flags, tmp_path, lora):
 
 def test_torchrun_without_deepspeed_equals_one_rank(train, flags, tmp_path):
     shared = {"max_steps": 3, "save_strategy": "no", "captions": True}
-    code, output = finish(start(flags("ddp", **shared), launcher="torchrun"))
+    code, output = finish(start_ranks(flags("ddp", **shared), launcher="torchrun"))
     assert code == 0, output[-3000:]
     train("single", gradient_accumulation_steps=2, **shared)
     one, two = train_world.losses(tmp_path, "single"), train_world.losses(tmp_path, "ddp")
@@ -142,16 +109,16 @@ def wait_for(condition, process, limit=200):
 def test_kill_9_under_zero2_then_the_same_command_resumes(flags, tmp_path):
     """Mid-run SIGKILL of everything, twelve steps; the second start ends with the losses of an uninterrupted run."""
     shared = {"max_steps": 12, "save_steps": 3, "num_train_epochs": 9, "deepspeed": SCRIPTS / "zero2.json"}
-    code, output = finish(start(flags("whole", **shared)))
+    code, output = finish(start_ranks(flags("whole", **shared)))
     assert code == 0, output[-3000:]
-    process = start(flags("killed", **shared))
+    process = start_ranks(flags("killed", **shared))
     marker = tmp_path / "killed" / "checkpoint-6" / "checkpoint_complete.json"
     wait_for(marker.is_file, process)
     for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
         victim.kill()
     process.communicate()
     assert not (tmp_path / "killed" / "run_complete.json").exists()
-    code, output = finish(start(flags("killed", **shared)))
+    code, output = finish(start_ranks(flags("killed", **shared)))
     assert code == 0, output[-3000:]
     records = [json.loads(line) for line in (tmp_path / "killed" / "train_log.jsonl").read_text().splitlines()]
     assert any(record["kind"] == "resume" for record in records)

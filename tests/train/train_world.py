@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
+import pytest
 from PIL import Image
 
 from llava.train.runtime import free_port
@@ -125,6 +127,31 @@ def spawn(arguments: list[str], **extra: str) -> subprocess.Popen:
     return subprocess.Popen(
         command, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
     )
+
+
+def start_ranks(
+    arguments: list[str], launcher: str = "deepspeed", module: str = "llava.train.train", **env: str
+) -> subprocess.Popen:
+    """Start a training on two ranks; its output goes to the pipe."""
+    if launcher == "deepspeed":
+        head = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port(), "--module"]
+    else:
+        head = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port(), "-m"]
+    command = [sys.executable, "-m", *head, module, *arguments]
+    return subprocess.Popen(
+        command, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+
+
+def finish(process: subprocess.Popen, limit: float = 240) -> tuple[int, str]:
+    """Wait for a run that must not hang; returns its exit code and output."""
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            child.kill()
+        pytest.fail(f"no end after {limit} s: the ranks wait for each other\n{process.communicate()[0][-3000:]}")
+    return process.returncode, output
 
 
 def build_base(folder: Path, layers: int = 4) -> dict[str, Path]:
