@@ -131,6 +131,10 @@ class TrainingArguments(transformers.TrainingArguments):
     group_by_modality_length: bool = field(
         default=False, metadata={"help": "batches of one modality and similar length"}
     )
+    length_pool: int = field(
+        default=1,
+        metadata={"help": "with the former: optimizer steps whose records are sorted together; more pads less"},
+    )
     loss_normalization: str = field(
         default="per_device",
         metadata={"help": "per_device: mean over each device's tokens (LLaVA); global: over all tokens"},
@@ -172,12 +176,13 @@ class TrainingArguments(transformers.TrainingArguments):
         runtime.check_world_size(self.world_size)
 
     def _check(self) -> None:
-        if self.bits not in (4, 8, 16):
-            raise ValueError(f"--bits {self.bits}: expected 4, 8 or 16")
-        if self.loss_normalization not in ("per_device", "global"):
-            raise ValueError(f"--loss_normalization {self.loss_normalization}: expected per_device or global")
-        if self.lora_bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"--lora_bias {self.lora_bias}: expected none, all or lora_only")
+        check_choice("bits", self.bits, (4, 8, 16))
+        check_choice("loss_normalization", self.loss_normalization, ("per_device", "global"))
+        if self.length_pool < 1:
+            raise ValueError(f"--length_pool {self.length_pool}: expected 1 (LLaVA's order) or more")
+        if self.length_pool > 1 and not self.group_by_modality_length:
+            raise ValueError("--length_pool sorts what --group_by_modality_length True groups; add that, too")
+        check_choice("lora_bias", self.lora_bias, ("none", "all", "lora_only"))
         if self.bits != 16 and not self.lora_enable:
             raise ValueError(
                 f"--bits {self.bits} freezes the decoder's weights, so nothing in it learns: add --lora_enable True"

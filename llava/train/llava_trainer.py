@@ -86,6 +86,7 @@ class LLaVATrainer(Trainer):
             lengths=dataset.modality_lengths,
             group_by_modality=True,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            pool=getattr(self.args, "length_pool", 1),
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

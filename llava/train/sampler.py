@@ -1,8 +1,9 @@
 """Order records so that a batch holds similar lengths and one modality.
 
 ``world_size`` is data-parallel ranks times gradient accumulation; a *megabatch* is ``world_size * batch_size`` records,
-what one optimizer step sees. All shuffling uses one generator that is the same on every rank: ranks that shuffle
-differently would train on some records twice and on others never.
+what one optimizer step sees. A *pool* is that many megabatches whose records are sorted together, so that a step's
+records are of one length and little is padded; with a pool of 1 the order is LLaVA's. All shuffling uses one generator
+that is the same on every rank: ranks that shuffle differently would train on some records twice and on others never.
 """
 
 from __future__ import annotations
@@ -44,8 +45,11 @@ def get_length_grouped_indices(
     world_size: int,
     generator: torch.Generator | None = None,
     merge: bool = True,
+    pool: int = 1,
 ) -> list[int]:
     """Shuffle the records, then order every megabatch so that its batches hold about the same total length.
+
+    With a pool the megabatches are shuffled among each other; one that is not full stays the last.
 
     Args:
         lengths: Length of every record.
@@ -53,18 +57,28 @@ def get_length_grouped_indices(
         world_size: Ranks times accumulation steps.
         generator: Source of randomness; None means torch's global one, which must then agree on all ranks.
         merge: Accepted for LLaVA's signature, without effect.
+        pool: Megabatches whose records are sorted together.
     """
+    size = world_size * batch_size
     order = torch.randperm(len(lengths), generator=generator).tolist()
-    grouped: list[int] = []
-    for megabatch in _megabatches(order, world_size * batch_size):
-        megabatch.sort(key=lambda index: lengths[index], reverse=True)
-        for chunk in split_to_even_chunks(megabatch, lengths, world_size):
-            grouped += chunk
-    return grouped
+    megabatches: list[list[int]] = []
+    for members in _megabatches(order, pool * size):
+        members.sort(key=lambda index: lengths[index], reverse=True)
+        megabatches += _megabatches(members, size)
+    if pool > 1:
+        full = len(lengths) // size
+        places = torch.randperm(full, generator=generator).tolist()
+        megabatches = [megabatches[place] for place in places] + megabatches[full:]
+    chunks = [chunk for megabatch in megabatches for chunk in split_to_even_chunks(megabatch, lengths, world_size)]
+    return [index for chunk in chunks for index in chunk]
 
 
 def get_modality_length_grouped_indices(
-    lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None = None
+    lengths: Sequence[int],
+    batch_size: int,
+    world_size: int,
+    generator: torch.Generator | None = None,
+    pool: int = 1,
 ) -> list[int]:
     """Like ``get_length_grouped_indices``, with one modality per megabatch.
 
@@ -74,7 +88,7 @@ def get_modality_length_grouped_indices(
         lengths: Positive for records with images, negative for text-only ones.
         batch_size: Records per device and step.
         world_size: Ranks times accumulation steps.
-        generator: See ``get_length_grouped_indices``.
+        generator, pool: See ``get_length_grouped_indices``.
 
     Raises:
         ValueError: If a length is 0.
@@ -87,11 +101,12 @@ def get_modality_length_grouped_indices(
         [index for index, length in enumerate(lengths) if length < 0],
     ]
     if not all(modalities):
-        return get_length_grouped_indices(sizes, batch_size, world_size, generator=generator)
+        return get_length_grouped_indices(sizes, batch_size, world_size, generator, pool=pool)
     full: list[list[int]] = []
     rest: list[int] = []
     for members in modalities:
-        order = get_length_grouped_indices([sizes[index] for index in members], batch_size, world_size, generator)
+        own = [sizes[index] for index in members]
+        order = get_length_grouped_indices(own, batch_size, world_size, generator, pool=pool)
         for megabatch in _megabatches([members[position] for position in order], world_size * batch_size):
             if len(megabatch) == world_size * batch_size:
                 full.append(megabatch)
@@ -113,6 +128,7 @@ class LengthGroupedSampler(Sampler[int]):
         generator: torch.Generator | None = None,
         group_by_modality: bool = False,
         seed: int = 0,
+        pool: int = 1,
     ):
         """Prepare the sampler.
 
@@ -123,6 +139,7 @@ class LengthGroupedSampler(Sampler[int]):
             generator: Source of randomness; None (recommended) makes one from ``seed`` and the epoch.
             group_by_modality: Keep records with and without images apart.
             seed: Same on all ranks.
+            pool: Megabatches whose records are sorted together.
         """
         if lengths is None:
             raise ValueError("lengths must be given: the dataset's `lengths` or `modality_lengths`")
@@ -131,6 +148,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.lengths = lengths
         self.group_by_modality = group_by_modality
         self.seed = seed
+        self.pool = pool
         self.epoch = 0
         # Not called `generator`: accelerate re-seeds an attribute of that name at random.
         self._own_generator = generator
@@ -148,4 +166,4 @@ class LengthGroupedSampler(Sampler[int]):
             generator = torch.Generator()
             generator.manual_seed(self.seed + self.epoch)
         group = get_modality_length_grouped_indices if self.group_by_modality else get_length_grouped_indices
-        return iter(group(self.lengths, self.batch_size, self.world_size, generator=generator))
+        return iter(group(self.lengths, self.batch_size, self.world_size, generator=generator, pool=self.pool))

@@ -82,6 +82,29 @@ def test_a_megabatch_starts_with_its_longest_record():
         assert max(totals) - min(totals) <= max(lengths)
 
 
+@given(lengths=SIGNED, shape=SHAPE, pool=st.integers(2, 5), seed=st.integers(0, 99))
+def test_a_pool_is_a_permutation_with_one_modality_a_megabatch(lengths, shape, pool, seed):
+    order = get_modality_length_grouped_indices(lengths, *shape, generator=seeded(seed), pool=pool)
+    assert sorted(order) == list(range(len(lengths)))
+    size = shape[0] * shape[1]
+    with_image = sum(length > 0 for length in lengths)
+    for start in range(0, (with_image // size + (len(lengths) - with_image) // size) * size, size):
+        assert len({lengths[index] > 0 for index in order[start : start + size]}) == 1
+
+
+def test_a_pool_pads_less_and_comes_in_random_order():
+    lengths = [(index * 37) % 101 + 1 for index in range(256)]
+
+    def longest(pool: int) -> list[int]:
+        order = get_length_grouped_indices(lengths, 8, 2, generator=seeded(), pool=pool)
+        return [max(lengths[index] for index in order[start : start + 8]) for start in range(0, 256, 8)]
+
+    rows = {pool: longest(pool) for pool in (1, 16)}
+    padded = {pool: 8 * sum(rows[pool]) / sum(lengths) for pool in rows}
+    assert padded[1] > 1.5 and padded[16] < 1.1
+    assert rows[16] != sorted(rows[16], reverse=True)
+
+
 def test_zero_length_is_refused():
     with pytest.raises(ValueError, match="length 0"):
         get_modality_length_grouped_indices([3, 0, -2], 1, 1)

@@ -127,6 +127,8 @@ def test_warmup_ratio_that_cannot_be_expressed():
         ("--on_bad_sample ignore", "--on_bad_sample ignore: expected error or skip"),
         ("--scan_images maybe", "--scan_images maybe"),
         ("--loss_normalization tokens", "--loss_normalization tokens"),
+        ("--length_pool 0", "--length_pool 0: expected 1"),
+        ("--length_pool 8", "--group_by_modality_length True"),
         ("--remove_unused_columns True", "images"),
         ("--video_tower x", "--video_tower"),
         ("--tune_mm_mlp_adapter True", "--vision_tower"),
