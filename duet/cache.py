@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 
 @dataclass
@@ -25,6 +27,17 @@ class CachedSegment:
     valid: Tensor | None
     next_position: Tensor
 
+    def make_static(self, room: int) -> None:
+        """Give the mask its final width and the positions storage of their own, so that both keep their addresses.
+
+        The mask marks what is to come as valid: causality hides it until it is there.
+        """
+        self.next_position = self.next_position.clone(memory_format=torch.contiguous_format)
+        torch._dynamo.mark_static_address(self.next_position)
+        if self.valid is not None:
+            self.valid = pad(self.valid, (0, room), value=True)
+            torch._dynamo.mark_static_address(self.valid)
+
     def index_batch(self, index: Tensor) -> None:
         """Reorder or repeat the samples. Shapes: index [B']."""
         index = index.to(self.next_position.device)
@@ -41,16 +54,58 @@ class DuetCache(DynamicCache):
 
     Modifications to ``DynamicCache``: ``get_seq_length()`` without a layer returns what the caller has fed, in
     the caller's own count, so that ``generate`` slices its inputs right; with a layer it returns what that layer holds.
+
+    Attributes:
+        segments: runs of layers that hold the same positions; none before the prefill.
+        fed: positions that the caller has fed, by its own count; with static layers, at the end of the prefill.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.segments: list[CachedSegment] = []
         self.fed = 0
+        self._prefilled: int | None = None  # what the first layer held when the layers became static
+
+    @property
+    def is_static(self) -> bool:
+        """Whether decoding writes into storage of fixed size and address (CUDA graphs need that)."""
+        return self._prefilled is not None
+
+    def make_static(self, room: int) -> None:
+        """Give every layer storage for the positions that it holds and ``room`` more, for compiled decoding.
+
+        Each layer is as long as what it kept of the picture: nothing is padded to the longest one.
+
+        Raises:
+            ValueError: there was no reduced prefill, no room, or a layer has a sliding window.
+        """
+        if not self.segments or self.is_static:
+            raise ValueError("make_static() comes once, after a reduced prefill")
+        if room < 1:
+            raise ValueError(f"room is {room}: the prefill alone fills the cache; ask for at least 1 further position")
+        layers: Any = self.layers
+        if any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers):
+            raise ValueError("layers with a sliding window cannot be static with DUET; use the default dynamic cache")
+        self._prefilled = layers[0].keys.shape[-2]
+        for index, layer in enumerate(layers):
+            static = StaticLayer(layer.keys.shape[-2] + room)
+            static.update(layer.keys, layer.values)
+            self.layers[index] = static
+        for segment in self.segments:
+            segment.make_static(room)
+
+    def advance(self, new: int) -> None:
+        """Count ``new`` positions that the caller has fed; static layers count for themselves, on the device."""
+        if not self.is_static:
+            self.fed += new
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
-        """Return the length that the caller has fed, or that one layer holds."""
-        return self.fed if layer_idx is None else super().get_seq_length(layer_idx)
+        """Return the length that the caller has fed, or that one layer holds; a tensor with static layers."""
+        if layer_idx is not None:
+            return super().get_seq_length(layer_idx)
+        if self._prefilled is None:
+            return self.fed
+        return super().get_seq_length(0) + (self.fed - self._prefilled)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Return where new queries stand among the keys of one layer."""
@@ -85,3 +140,20 @@ class DuetCache(DynamicCache):
     def _index_segments(self, index: Tensor) -> None:
         for segment in self.segments:
             segment.index_batch(index)
+
+
+def masks_for_generate(
+    config: Any,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **_: Any,
+) -> Tensor | None:
+    """Stand in for what ``generate`` makes of the mask when shapes are fixed: one for all layers, of the fed length.
+
+    Layers that kept different positions need different masks, which the decoder makes. The mask of one new position
+    says nothing new, and would grow with every step.
+    """
+    del config
+    decodes = isinstance(past_key_values, DuetCache) and past_key_values.segments and inputs_embeds.shape[1] == 1
+    return None if decodes else attention_mask

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from duet import tracing
@@ -82,7 +82,8 @@ def run_decoder(
         next_position: [B], the rotary position (on every axis) of the token that follows each sample; None is one
             after its largest.
         additions: [B, L, D] each, added to the outputs of the first layers (DeepStack); gathered with the tokens.
-        past_key_values: a cache from an earlier call, or an empty one.
+        past_key_values: a cache from an earlier call, or an empty one. An empty ``StaticCache`` says that decoding
+            is to have static shapes: its length less what is fed is the room that every layer gets after the prefill.
         use_cache: fill a cache and return it.
         config: None, or a configuration without stages, is the decoder's own forward to the bit.
         fed_length: the length that the caller counts for this input, if stage 1 shortened it.
@@ -127,6 +128,8 @@ def run_decoder(
     state = pass_.run(state, counts)
     if cache is not None:
         cache.fed = inputs_embeds.shape[1] if fed_length is None else fed_length
+        if isinstance(past_key_values, StaticCache):
+            cache.make_static(past_key_values.layers[0].max_cache_len - cache.fed)  # type: ignore[attr-defined]
     hidden = decoder.norm(state.hidden)  # type: ignore[operator]
     return DecoderOutput(hidden, state.labels, state.valid, cache, pass_.all_hidden(hidden))
 
@@ -245,15 +248,16 @@ def _without_trailing_padding(mask: Tensor | None, position_ids: Tensor | None) 
 
 
 def _fresh_cache(decoder: nn.Module, given: Cache | None) -> DuetCache:
-    """Return an empty cache for a reduced prefill; an empty dynamic one that ``generate`` made is replaced."""
-    if given is None or (type(given) in (DynamicCache, DuetCache) and given.get_seq_length() == 0):
+    """Return an empty cache for a reduced prefill; an empty one that ``generate`` made is replaced."""
+    if given is None or (type(given) in (DynamicCache, DuetCache, StaticCache) and given.get_seq_length() == 0):
         return DuetCache(config=decoder.config)
     if given.get_seq_length() > 0:
         raise ValueError(
             "the cache already holds positions of an unreduced pass; start a reduced prefill with an empty cache"
         )
     raise ValueError(
-        f"a {type(given).__name__} cannot hold layers of different lengths; use the default dynamic cache with DUET"
+        f"a {type(given).__name__} cannot hold layers of different lengths; use the default dynamic cache with DUET, "
+        'or cache_implementation="static"'
     )
 
 
@@ -431,20 +435,36 @@ def _continue(
     hidden, states = inputs_embeds, [] if want_hidden else None
     for segment in cache.segments:
         positions = segment.next_position.unsqueeze(-1) + steps
-        segment.valid = _extend(segment.valid, fresh, batch, new, cache.get_seq_length(segment.start), hidden.device)
+        segment.valid = _extend(segment.valid, fresh, batch, new, cache, segment.start)
         hidden, _ = _run_layers(
             decoder, hidden, segment.start, segment.stop, segment.valid, positions, cache, kwargs,
             use_cache=True, seen_states=states,
         )  # fmt: skip
-        segment.next_position = segment.next_position + (new if fresh is None else fresh.sum(1))
-    cache.fed += new
+        passed = new if fresh is None else fresh.sum(1)
+        if cache.is_static:
+            segment.next_position.add_(passed)
+        else:
+            segment.next_position = segment.next_position + passed
+    cache.advance(new)
     hidden = decoder.norm(hidden)
     return DecoderOutput(hidden, None, None, cache, None if states is None else (*states, hidden))
 
 
-def _extend(valid: Tensor | None, fresh: Tensor | None, batch: int, new: int, held: int, device) -> Tensor | None:
-    if valid is None and fresh is None:
-        return None
-    old = torch.ones(batch, held, dtype=torch.bool, device=device) if valid is None else valid
+def _extend(
+    valid: Tensor | None, fresh: Tensor | None, batch: int, new: int, cache: DuetCache, layer: int
+) -> Tensor | None:
+    """Return the mask of a segment's keys with ``new`` positions more. Shapes: fresh [B, new]; returns [B, n] or None.
+
+    A static mask is as wide as the layers already and says that what comes is valid.
+    """
+    if fresh is None and (valid is None or cache.is_static):
+        return valid
+    device = cache.segments[0].next_position.device
+    held: Any = cache.get_seq_length(layer)
     added = torch.ones(batch, new, dtype=torch.bool, device=device) if fresh is None else fresh
-    return torch.cat((old, added), dim=1)
+    if not cache.is_static:
+        old = torch.ones(batch, held, dtype=torch.bool, device=device) if valid is None else valid
+        return torch.cat((old, added), dim=1)
+    width = cache.layers[layer].max_cache_len  # type: ignore[attr-defined]
+    whole = torch.ones(batch, width, dtype=torch.bool, device=device) if valid is None else valid
+    return whole.index_copy(1, torch.arange(new, device=device) + held, added)

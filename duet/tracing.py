@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -200,8 +201,8 @@ def trace(model: object = None, *, images: bool = True) -> Iterator[Trace]:
 
 
 def is_active() -> bool:
-    """Return whether anything records."""
-    return bool(_ACTIVE.get())
+    """Return whether anything records; nothing does inside a compiled graph, which outlives the trace."""
+    return not torch.compiler.is_compiling() and bool(_ACTIVE.get())
 
 
 def wants_images() -> bool:

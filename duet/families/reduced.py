@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from duet import tracing
-from duet.cache import DuetCache
+from duet.cache import DuetCache, masks_for_generate
 from duet.decoder import DecoderOutput, run_decoder
 from duet.families import Family
 from duet.families.prompt import Encoded, Pictures, Prompt, first_places, insert, owners, placeholders
@@ -32,6 +31,8 @@ class ReducedModel:
         generate: remembers the prompt length, so that generated tokens never rank, with or without a cache; beams of a
             sample with several images keep them in order.
     """
+
+    create_masks_for_generate = staticmethod(masks_for_generate)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any):
         """Generate as the host class does; the prompt alone decides which visual tokens stay."""
@@ -233,14 +234,13 @@ def _output(
             logits=logits, labels=out.labels, vocab_size=model.config.text_config.vocab_size, **kwargs
         )
     kind = model._duet.family.output
-    known = {entry.name for entry in fields(kind)}
     seen = {f"{name}_hidden_states": entry.tokens for name, entry in encoded.items()}
     return kind(
         loss=loss,
         logits=logits,
         past_key_values=out.past_key_values,
         hidden_states=out.hidden_states,
-        **{name: tokens for name, tokens in seen.items() if name in known},
+        **{name: tokens for name, tokens in seen.items() if hasattr(kind, name)},
     )
 
 

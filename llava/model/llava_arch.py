@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -122,7 +123,13 @@ class LlavaMetaForCausalLM(ABC):
     def reduction(self) -> DuetConfig | None:
         """The token reduction in force, read from `config.duet`; None when there is none."""
         stored = getattr(self.config, "duet", None)
-        return None if stored is None else DuetConfig.from_dict(stored)
+        if stored is None:
+            return None
+        read, parsed = vars(self).get("_parsed_reduction", (None, None))
+        if read != stored:
+            parsed = DuetConfig.from_dict(stored)
+            vars(self)["_parsed_reduction"] = (deepcopy(stored), parsed)
+        return parsed
 
     def set_reduction(self, config: DuetConfig | None) -> None:
         """Store a reduction in the model's config, where forward, generate and saving find it.
@@ -211,11 +218,15 @@ class LlavaMetaForCausalLM(ABC):
         Raises:
             ValueError: Pictures and `<image>` marks disagree; the message names the row.
         """
+        untouched = SplicedInputs((input_ids, position_ids, attention_mask, past_key_values, None, labels))
+        one = input_ids.shape[1] == 1
+        if one and _is_filled(past_key_values):  # a decoding step reads nothing back from the device
+            return untouched
         has_images = images is not None and len(images) > 0
-        decoding = input_ids.shape[1] == 1 and not (input_ids == IMAGE_TOKEN_INDEX).any()
+        decoding = one and not (input_ids == IMAGE_TOKEN_INDEX).any()
         if self.get_vision_tower() is None or not has_images or decoding:
             self._refuse_slots(input_ids)
-            return SplicedInputs((input_ids, position_ids, attention_mask, past_key_values, None, labels))
+            return untouched
         question = self._question(input_ids, attention_mask, labels)
         features = self._image_features(images, image_sizes, input_ids, question)
         batch = self._splice(input_ids, attention_mask, labels, features)
@@ -407,3 +418,8 @@ def _deal(tiles: list[int], encoded: Tensor | list[Tensor]) -> list[Any]:
         return list(encoded.split(tiles))
     parts = iter(encoded)
     return [[next(parts) for _ in range(count)] for count in tiles]
+
+
+def _is_filled(cache: Any) -> bool:
+    """Whether a cache holds positions, without asking the device for how many."""
+    return any(layer.is_initialized for layer in getattr(cache, "layers", ()))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model_helpers import IMAGE, golden_model, pad_batch, pixels, prompt
+from transformers import StaticCache
 
 from duet import DuetConfig
 
@@ -73,6 +74,43 @@ def test_without_a_cache_the_tokens_are_the_same(model, singles, name):
     ids, mask = pad_batch(ROWS, "left")
     out = model.generate(ids, attention_mask=mask, images=images(range(4)), use_cache=False, **NEW)
     assert out.tolist() == expected
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_with_a_static_cache_the_tokens_are_the_same(model, singles, name):
+    expected = singles(name)
+    model.set_reduction(CONFIGS[name])
+    ids, mask = pad_batch(ROWS, "left")
+    out = model.generate(ids, attention_mask=mask, images=images(range(4)), cache_implementation="static", **NEW)
+    assert out.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["full", "duet"])
+def test_one_graph_decodes_all_steps(model, name):
+    model.set_reduction(CONFIGS[name])
+    ids = torch.tensor([ROWS[0]])
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def prefilled():
+        cache = StaticCache(config=model.config, max_cache_len=700)
+        with torch.no_grad():
+            return model(ids, images=images([0]), past_key_values=cache, use_cache=True)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend=count, fullgraph=True)
+    first, second = prefilled(), prefilled()
+    token = first.logits[:, -1:].argmax(-1)
+    with torch.no_grad():
+        for _ in range(4):
+            stepped = compiled(token, past_key_values=first.past_key_values, use_cache=True)
+            expected = model(token, past_key_values=second.past_key_values, use_cache=True)
+            assert torch.allclose(stepped.logits, expected.logits, atol=1e-5)
+            token = stepped.logits[:, -1:].argmax(-1)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("name", ["full", "duet"])

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from duet import causal_lm_loss, run_decoder
+from duet.cache import masks_for_generate
 from llava.model.checkpoints import TOWER_PREFIX, to_original_layout
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import clean_generation_config, load_pretrained
@@ -39,6 +40,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
     generation_config: Any
     training: bool
 
+    create_masks_for_generate = staticmethod(masks_for_generate)
     _keys_to_ignore_on_load_unexpected = frozenset({r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$"})
 
     @property
