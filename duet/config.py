@@ -12,7 +12,7 @@ from duet import budget
 from duet.presets import PRESETS
 
 QUERIES = ("last", "all", "salient")
-POSITIONS = ("auto", "compact", "original")
+POSITIONS = ("auto", "compact", "original", "patch")
 VARIANTS = ("paper", "release")
 PER = ("pass", "picture")
 CONFIG_KEY = "duet"
@@ -36,7 +36,9 @@ class DuetConfig:
         queries: the text rows that rank visual tokens in stage 2: ``"last"``, ``"all"``, ``"salient"``, or a tuple of
             indices among the rows of ``"all"`` (negative ones count from the end).
         positions: ``"compact"`` renumbers 0..n-1 after a drop, ``"original"`` keeps the numbers that tokens entered
-            with, ``"auto"`` is compact for 1-D rotary positions and original for multi-axis ones.
+            with, ``"auto"`` is compact for 1-D rotary positions and original for multi-axis ones. ``"patch"`` counts as
+            if nothing had been taken out: a token has the number of its patch, or of its cluster's centre, and what
+            follows the picture the number that it has without a reduction (beyond the paper; LLaVA-1.5 only).
         variant: ``"paper"`` is Algorithm 1; ``"release"`` is the code that its authors published.
         stage1: name of the vision reducer, or ``"none"``. Any of them hands on ``dominant + contextual`` tokens.
         stage2: name of the language reducer, which acts where ``schedule`` says.

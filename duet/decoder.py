@@ -401,7 +401,7 @@ class _ReducedPass:
             for rows, still in ((state.text, left.text), (state.queries, left.queries))
         )
         state = replace(left, text=text, queries=queries)
-        if self._config.positions == "original" or (self._config.positions == "auto" and self._multi_axis):
+        if self._config.positions in ("original", "patch") or (self._config.positions == "auto" and self._multi_axis):
             return state
         positions = compact_positions(state.valid, len(lengths), length, state.hidden.device)
         self._next = None

@@ -81,6 +81,10 @@ _ROWS: dict[str, Method] = {
     "duet-salient": Method(
         "local_cluster", _DUET, "entering", "DUET-VLM (C+S), Table 8", {"queries": "salient"}, _TABLE_12
     ),
+    "duet-patch": Method(
+        "local_cluster", _DUET, "entering", "(C+all), and tokens keep the positions of their patches; ours",
+        {"queries": "all", "positions": "patch"}, _TABLE_12,
+    ),
     "duet-vanilla": Method("visionzip", _DUET, "entering", "DUET-VLM without local clusters, Table 7"),
     "duet-release": Method(
         "local_cluster", _DUET, "entering", "the released code", {"variant": "release", "queries": "all"}, _TABLE_12

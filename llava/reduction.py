@@ -39,7 +39,7 @@ class ReductionArguments:
         "reduction off"
     )
     queries: str | None = _flag("text rows that rank visual tokens: last, all, salient, or a list of indices")
-    positions: str | None = _flag("positions after a drop: auto, compact or original")
+    positions: str | None = _flag("how positions are counted: auto, compact or original after a drop, patch")
     variant: str | None = _flag("paper (Algorithm 1) or release (the published code)")
     stage1: str | None = _flag("vision reducer, by name; none keeps every patch")
     stage2: str | None = _flag("language reducer, by name; it acts at --layer_list")

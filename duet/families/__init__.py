@@ -47,6 +47,8 @@ class Family(ABC):
 
     mixin: type | None = None
     """Class put in front of the model's own class while DUET is attached; None if the model reduces by itself."""
+    places_patches = False
+    """Whether a token can have the position of its patch (``positions="patch"``)."""
 
     @abstractmethod
     def facts(self, model: Any) -> ModelFacts:
@@ -67,6 +69,11 @@ class Family(ABC):
             raise ValueError(
                 f"across_frames merges the frames of a video, but model_type {model.config.model_type!r} has no input "
                 "for videos; leave it out"
+            )
+        if config.positions == "patch" and not self.places_patches:
+            raise ValueError(
+                f"positions='patch' counts the patches of one tower pass and is for LLaVA-1.5; model_type "
+                f"{model.config.model_type!r} takes 'auto', 'compact' or 'original'"
             )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaForConditionalGeneration
 
@@ -21,6 +23,7 @@ class LlavaFamily(HostFamily):
     host = LlavaForConditionalGeneration
     output = LlavaCausalLMOutputWithPast
     inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    places_patches = True
 
     def check(self, model: nn.Module) -> None:
         """Accept towers with the parts of CLIP's or SigLIP's."""
@@ -75,7 +78,11 @@ def _encode(model: Any, pixel_values: Tensor, layer: Any, keeps_class: bool, que
         project=projector,
         question=question,
     )
-    return Encoded.join(reduction.per_image(projector(reduction.tokens)))
+    places = None
+    if model._duet.config.positions == "patch":
+        class_places = int(keeps_class and model._duet.facts.class_token)
+        places = torch.cat(reduction.per_image(reduction.places(model._duet.facts.patches) + class_places)).clamp(min=0)
+    return replace(Encoded.join(reduction.per_image(projector(reduction.tokens))), places=places)
 
 
 FAMILIES.register("llava")(LlavaFamily())

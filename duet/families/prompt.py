@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from duet.tokens import IGNORE_INDEX, compaction_index, gather_tokens, is_left_padded
+from duet.tokens import IGNORE_INDEX, compact_positions, compaction_index, gather_tokens, is_left_padded, on_device
 
 if TYPE_CHECKING:
     from duet.question import Question
@@ -62,6 +62,8 @@ class Encoded:
         offsets: [sum of K] which of its image's placeholders each token takes, ascending within an image; None takes
             the first ones. It matters only where positions were given for the placeholders.
         additions: [sum of K, D] each, what is added to the tokens after the decoder's first layers (DeepStack).
+        places: [sum of K] which of its image's placeholders each token stands for, in any order; where given, positions
+            are counted as if nothing had been taken out (``positions="patch"``).
         extra: what a family wants to hand on to the decoder besides.
     """
 
@@ -69,6 +71,7 @@ class Encoded:
     counts: list[int]
     offsets: Tensor | None = None
     additions: Sequence[Tensor] = ()
+    places: Tensor | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -166,9 +169,17 @@ def insert(prompt: Prompt, kinds: Sequence[tuple[Pictures, Tensor, Encoded]], pr
         answers = (torch.arange(length, device=device) >= prompt_length).expand(batch, -1)
         prompt = replace(prompt, answer_mask=answers)
     marks = [mark for _, mark, _ in kinds]
+    numbers = [None if kind[2].places is None else _numbers(prompt, *kind) for kind in kinds]
+    placed = any(one is not None for one in numbers)
+    if placed:
+        prompt = _counted_whole(prompt)
     if any(encoded.counts != pictures.expected for pictures, _, encoded in kinds):
         kept = [_kept(pictures, mark, encoded) for pictures, mark, encoded in kinds]
-        prompt, marks = _shrink(prompt, marks, kept)
+        prompt, marks = _shrink(prompt, marks, kept, keep_positions=placed)
+    for mark, places in zip(marks, numbers, strict=True):
+        if places is not None:
+            positions: Any = prompt.position_ids
+            prompt = replace(prompt, position_ids=positions.masked_scatter(mark, places))
     prompt = prompt.embedded()
     embeds = prompt.inputs_embeds
     additions = [torch.zeros_like(embeds) for _ in kinds[0][2].additions]
@@ -205,7 +216,27 @@ def _kept(pictures: Pictures, marks: Tensor, encoded: Encoded) -> Tensor:
     return torch.zeros_like(marks).masked_scatter(marks, keep)
 
 
-def _shrink(prompt: Prompt, marks: list[Tensor], kept: list[Tensor]) -> tuple[Prompt, list[Tensor]]:
+def _counted_whole(prompt: Prompt) -> Prompt:
+    """Return the prompt with positions that count all placeholders. Shapes: [B, L], and [B] for the next token."""
+    batch, length = prompt.inputs_embeds.shape[:2]
+    device = prompt.inputs_embeds.device
+    valid = torch.ones(batch, length, dtype=torch.bool, device=device)
+    valid = valid if prompt.attention_mask is None else prompt.attention_mask.bool()
+    positions = compact_positions(valid, batch, length, device)
+    return replace(prompt, position_ids=positions, next_position=valid.sum(1))
+
+
+def _numbers(prompt: Prompt, pictures: Pictures, marks: Tensor, encoded: Encoded) -> Tensor:
+    """Return the position of each token of ``encoded.places``. Shapes: [sum of K]."""
+    positions: Any = _counted_whole(prompt).position_ids
+    starts = positions[marks][on_device([0, *accumulate(pictures.expected)][:-1], marks.device)]
+    places: Any = encoded.places
+    return starts.repeat_interleave(on_device(encoded.counts, marks.device), output_size=len(places)) + places
+
+
+def _shrink(
+    prompt: Prompt, marks: list[Tensor], kept: list[Tensor], keep_positions: bool
+) -> tuple[Prompt, list[Tensor]]:
     """Drop the placeholders that are not kept and close the gaps."""
     mask = prompt.attention_mask
     valid = torch.ones_like(marks[0]) if mask is None else mask.bool()
@@ -217,7 +248,8 @@ def _shrink(prompt: Prompt, marks: list[Tensor], kept: list[Tensor]) -> tuple[Pr
     answers = None if prompt.answer_mask is None else prompt.answer_mask.gather(1, index) & new_valid
     positions = prompt.position_ids
     if positions is not None:  # one axis counts tokens, so it starts again; several axes say where a token is
-        positions = None if positions.dim() == 2 else positions.gather(2, index.expand(len(positions), -1, -1))
+        counted = positions.gather(1, index) if keep_positions else None
+        positions = counted if positions.dim() == 2 else positions.gather(2, index.expand(len(positions), -1, -1))
     shrunk = replace(
         prompt,
         inputs_embeds=gather_tokens(prompt.inputs_embeds, index),

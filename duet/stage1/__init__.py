@@ -147,6 +147,22 @@ class VisionReduction:
             return list(values_BKX)
         return [row[:count] for row, count in zip(values_BKX, self.counts.tolist(), strict=True)]
 
+    def places(self, patches: int | None = None) -> Tensor:
+        """Return [B, K] the number of each token's patch in the tower's own grid; ``source``, checked.
+
+        Args:
+            patches: of the unreduced picture; None takes the grid's word.
+
+        Raises:
+            ValueError: the reducer looked at a smaller picture, whose patches are others.
+        """
+        if patches is not None and self.grid[0] * self.grid[1] != patches:
+            raise ValueError(
+                f"positions='patch' needs the {patches} patches of the whole picture, but this vision reducer looked "
+                f"at {self.grid[0]} x {self.grid[1]}; take positions='auto'"
+            )
+        return self.source
+
     @classmethod
     def identity(cls, features: Tensor, class_token: bool, grid: tuple[int, int]) -> VisionReduction:
         """Return the reduction that keeps all M tokens of ``features`` [B, M, D]."""

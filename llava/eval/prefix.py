@@ -68,10 +68,12 @@ def find_shared(ids: Sequence[Sequence[int]], pixels: Any) -> Shared | None:
 
 
 def depends_on_question(model: Any) -> bool:
-    """Whether what is left of a picture depends on the text behind it."""
+    """Whether what is left of a picture depends on the text behind it, or positions do not end with the prefix."""
     config = model.reduction
     if config is None:
         return False
+    if config.positions == "patch":
+        return True
     reads = config.stage1 != "none" and getattr(VISION_REDUCERS.get(config.stage1), "reads_question", False)
     return bool(config.schedule) or reads
 

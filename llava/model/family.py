@@ -14,6 +14,7 @@ class LlavaFamily(Family):
     """LLaVA's own models. They read `config.duet` themselves, so nothing is put in front of them."""
 
     mixin = None
+    places_patches = True
 
     def check(self, model: nn.Module) -> None:
         """Accept models with a vision tower only.

@@ -24,7 +24,16 @@ from llava.model.anyres import Tiling, unpad_image
 from llava.model.checkpoints import gathered, load_projector_weights, read_projector_file
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.splice import SplicedInputs, assign_features, embed_text, image_slots, pad, splice_row, truncate
+from llava.model.splice import (
+    Places,
+    SplicedInputs,
+    assign_features,
+    embed_text,
+    image_slots,
+    pad,
+    splice_row,
+    truncate,
+)
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 
@@ -149,6 +158,11 @@ class LlavaMetaForCausalLM(ABC):
                 "across_frames merges the frames of a video, and this model reads every picture by itself; use "
                 "duet.attach on a Hugging Face model that takes videos, or leave it out"
             )
+        if config.positions == "patch" and getattr(self.config, "image_aspect_ratio", None) == "anyres":
+            raise ValueError(
+                "positions='patch' counts the patches of one picture, and image_aspect_ratio='anyres' cuts it into "
+                "tiles; take positions='auto'"
+            )
         tower = self.get_vision_tower()
         if tower is not None:
             config.validate(patches=tower.num_patches, num_layers=self.config.num_hidden_layers, class_token=True)
@@ -160,6 +174,7 @@ class LlavaMetaForCausalLM(ABC):
         question: Question | None = None,
         tiles: list[tuple[int, int]] | None = None,
         layouts: list[Layout] | None = None,
+        places: list[Tensor] | None = None,
     ) -> Tensor | list[Tensor]:
         """Pictures to language-model tokens: tower, stage 1, projector.
 
@@ -170,6 +185,7 @@ class LlavaMetaForCausalLM(ABC):
                 one without tiles, None when each of `images` is a picture of its own.
             layouts: Where a reduction has to know which patches of each picture's passes are border, instead of
                 `tiles`.
+            places: Is given [K] per picture, the patch that each token stands for.
 
         Returns:
             [B, K, D]; K is every patch when no reduction is set. A list of [K_i, D] where the reduction finds the
@@ -184,7 +200,7 @@ class LlavaMetaForCausalLM(ABC):
             return projector(features if weight is None else features.to(weight.dtype))
 
         # Only what is set is passed on, for projects that replace the tower's forward or encode_images.
-        further = {"reduction": reduction, "question": question, "tiles": tiles, "layouts": layouts}
+        further = {"reduction": reduction, "question": question, "tiles": tiles, "layouts": layouts, "places": places}
         further |= {"project": project} if reduction is not None else {}
         features = tower(images, **{name: value for name, value in further.items() if value is not None})
         ragged = isinstance(features, list)
@@ -228,21 +244,37 @@ class LlavaMetaForCausalLM(ABC):
             self._refuse_slots(input_ids)
             return untouched
         question = self._question(input_ids, attention_mask, labels)
-        features = self._image_features(images, image_sizes, input_ids, question)
-        batch = self._splice(input_ids, attention_mask, labels, features)
+        placed = self.reduction is not None and self.reduction.positions == "patch"
+        found: list[Tensor] | None = [] if placed else None
+        features = self._image_features(images, image_sizes, input_ids, question, found)
+        places = None if found is None else Places(found, self._whole_picture())
+        batch = self._splice(input_ids, attention_mask, labels, features, places)
         return SplicedInputs(
             (
                 None,
-                None if position_ids is None else batch.positions,
+                batch.positions if placed or position_ids is not None else None,
                 None if attention_mask is None else batch.mask.to(attention_mask.dtype),
                 past_key_values,
                 batch.embeds,
                 None if labels is None else batch.labels,
             ),
             visual_mask=batch.visual,
+            next_position=None if places is None else self._lengths(input_ids, attention_mask, places.length),
         )
 
-    def _splice(self, input_ids, attention_mask, labels, features):
+    def _whole_picture(self) -> int:
+        """Tokens of a picture that nothing reduces, the class token included where it is taken."""
+        tower: Any = self.get_vision_tower()
+        return tower.num_patches + int(tower.select_feature == "cls_patch")
+
+    @staticmethod
+    def _lengths(input_ids: Tensor, attention_mask: Tensor | None, picture: int) -> Tensor:
+        """How many positions each row has with whole pictures. Shapes: [B, T] to [B]."""
+        slots = input_ids == IMAGE_TOKEN_INDEX
+        valid = torch.ones_like(slots) if attention_mask is None else attention_mask.bool() | slots
+        return valid.sum(1) + slots.sum(1) * (picture - 1)
+
+    def _splice(self, input_ids, attention_mask, labels, features, places: Places | None = None):
         """Splice `features` (a list of [K, D]) into every row, then truncate and pad."""
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         # A pad id that equals a real token must not cost a picture its slot.
@@ -253,7 +285,13 @@ class LlavaMetaForCausalLM(ABC):
         ids = [row[keep] for row, keep in zip(input_ids, valid, strict=True)]
         texts = embed_text(ids, self.get_model().get_input_embeddings())
         rows = [
-            splice_row(ids[row], labels[row][valid[row]], [features[i] for i in indices], texts[row])
+            splice_row(
+                ids[row],
+                labels[row][valid[row]],
+                [features[i] for i in indices],
+                texts[row],
+                None if places is None else Places([places.tokens[i] for i in indices], places.length),
+            )
             for row, indices in enumerate(dealt)
         ]
         limit = getattr(self.config, "tokenizer_model_max_length", None)
@@ -280,8 +318,18 @@ class LlavaMetaForCausalLM(ABC):
         handle = vars(self).get("_duet")
         return read_question(input_ids, embeds, text, None if handle is None else handle.text_encoder)
 
-    def _image_features(self, images, image_sizes, input_ids: Tensor, question: Question | None) -> list[Tensor]:
-        """One [K, D] per picture; an object that is in the list several times is encoded once per question."""
+    def _image_features(
+        self,
+        images,
+        image_sizes,
+        input_ids: Tensor,
+        question: Question | None,
+        places: list[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """One [K, D] per picture; an object that is in the list several times is encoded once per question.
+
+        `places` is given [K] per picture: the patch that each token stands for.
+        """
         images = list(images)
         keys: list[Any] = [id(image) for image in images]
         owners = torch.zeros(len(images), dtype=torch.long)
@@ -297,12 +345,21 @@ class LlavaMetaForCausalLM(ABC):
             )
         sizes = None if image_sizes is None else [image_sizes[index] for index in chosen]
         asked_of = None if question is None else question.select(owners[chosen])
-        features = self._encode_pictures([images[index] for index in chosen], sizes, asked_of)
-        by_index = dict(zip(chosen, features, strict=True))
-        return [by_index[first[key]] for key in keys]
+        found: list[Tensor] = []
+        features = self._encode_pictures(
+            [images[index] for index in chosen], sizes, asked_of, None if places is None else found
+        )
+        order = {index: place for place, index in enumerate(chosen)}
+        if places is not None:
+            places += [found[order[first[key]]] for key in keys]
+        return [features[order[first[key]]] for key in keys]
 
-    def _encode_pictures(self, images: list[Tensor], image_sizes, question: Question | None) -> list[Tensor]:
+    def _encode_pictures(
+        self, images: list[Tensor], image_sizes, question: Question | None, places: list[Tensor] | None = None
+    ) -> list[Tensor]:
         """One [K, D] per picture, tiles merged."""
+        if places is not None and any(image.ndim == 4 for image in images):
+            raise ValueError("positions='patch' counts the patches of one picture, and these have tiles; take 'auto'")
         stacks = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
         tiling = Tiling.of(self.config, self.get_vision_tower().config)
         merge = getattr(self.config, "mm_patch_merge_type", None) or "flat"
@@ -312,7 +369,7 @@ class LlavaMetaForCausalLM(ABC):
             shared = self.encode_images(torch.cat(stacks), question, layouts=layouts)
             return [tokens.flatten(0, -2) for tokens in shared]
         if not laid_out:
-            return self._encode_flat(stacks, image_sizes, question)
+            return self._encode_flat(stacks, image_sizes, question, places)
         if image_sizes is None:
             raise ValueError(
                 f"mm_patch_merge_type={merge!r} needs image_sizes, the (width, height) in pixels of every picture"
@@ -339,13 +396,15 @@ class LlavaMetaForCausalLM(ABC):
         encoded = self.encode_images(torch.cat(stacks), **{k: v for k, v in further.items() if v is not None})
         return list(encoded.split(counts)) if isinstance(encoded, Tensor) else encoded
 
-    def _encode_flat(self, stacks: list[Tensor], image_sizes, question: Question | None) -> list[Tensor]:
+    def _encode_flat(
+        self, stacks: list[Tensor], image_sizes, question: Question | None, places: list[Tensor] | None = None
+    ) -> list[Tensor]:
         """Tokens [K, D] of each picture: what its tower passes give, one after the other."""
         counts = [len(stack) for stack in stacks]
         tiles = self._tiles(counts, image_sizes)
         if question is not None and tiles is None:
             question = question.select(torch.arange(len(stacks)).repeat_interleave(torch.tensor(counts)))
-        further = {"question": question, "tiles": tiles}
+        further = {"question": question, "tiles": tiles, "places": places}
         encoded = self.encode_images(
             torch.cat(stacks), **{name: value for name, value in further.items() if value is not None}
         )

@@ -15,14 +15,17 @@ class SplicedInputs(tuple):
 
     Attributes:
         visual_mask: [B, L] bool, True where a position came from a picture; None when nothing was spliced.
+        next_position: [B] the position of the token that follows each row, where it is not one after the last.
     """
 
     visual_mask: Tensor | None
+    next_position: Tensor | None
 
-    def __new__(cls, values, visual_mask: Tensor | None = None):
-        """Make the tuple and hang the mask on it."""
+    def __new__(cls, values, visual_mask: Tensor | None = None, next_position: Tensor | None = None):
+        """Make the tuple and hang the rest on it."""
         spliced = super().__new__(cls, values)
         spliced.visual_mask = visual_mask
+        spliced.next_position = next_position
         return spliced
 
 
@@ -32,6 +35,14 @@ class Row(NamedTuple):
     embeds: Tensor  # [L, D]
     labels: Tensor  # [L]
     visual: Tensor  # [L] bool
+    positions: Tensor  # [L]
+
+
+class Places(NamedTuple):
+    """Where the tokens of the pictures were before something was taken out of them."""
+
+    tokens: list[Tensor]  # of each picture, [K]
+    length: int  # tokens of an unreduced picture
 
 
 class Batch(NamedTuple):
@@ -111,7 +122,7 @@ def embed_text(rows: list[Tensor], embed: nn.Module) -> list[Tensor]:
     return list(embed(torch.cat(texts)).split([len(text) for text in texts]))
 
 
-def splice_row(ids: Tensor, labels: Tensor, features: list[Tensor], text: Tensor) -> Row:
+def splice_row(ids: Tensor, labels: Tensor, features: list[Tensor], text: Tensor, places: Places | None = None) -> Row:
     """Replace every image slot of one sample by its features.
 
     Args:
@@ -120,6 +131,7 @@ def splice_row(ids: Tensor, labels: Tensor, features: list[Tensor], text: Tensor
         features: one [K, D] per slot. A row without slots may bring one placeholder, of which it takes nothing, so
             that the projector stays in the graph of a text-only batch.
         text: [T - slots, D], the embedded text tokens.
+        places: count positions as if no picture had been reduced; None counts what is there.
 
     Shapes: L = T - slots + sum of K.
     """
@@ -127,13 +139,16 @@ def splice_row(ids: Tensor, labels: Tensor, features: list[Tensor], text: Tensor
     features = [feature.to(device=text.device, dtype=text.dtype) for feature in features]
     if not slots:
         embeds = torch.cat([text, *(feature[:0] for feature in features)])
-        return Row(embeds, labels, torch.zeros(len(embeds), dtype=torch.bool, device=ids.device))
+        nothing = torch.zeros(len(embeds), dtype=torch.bool, device=ids.device)
+        return Row(embeds, labels, nothing, torch.arange(len(embeds), device=ids.device))
     lengths = [stop - start for start, stop in zip([-1, *slots], [*slots, len(ids)], strict=True)]
     pieces = text.split([length - 1 for length in lengths])
     label_pieces = [labels[start + 1 : stop] for start, stop in zip([-1, *slots], [*slots, len(ids)], strict=True)]
-    embeds, new_labels, visual = [], [], []
+    embeds, new_labels, visual, positions, start = [], [], [], [], 0
     for index, piece in enumerate(pieces):
         embeds.append(piece)
+        positions.append(torch.arange(start, start + len(piece), device=ids.device))
+        start += len(piece)
         new_labels.append(label_pieces[index])
         visual.append(torch.zeros(len(piece), dtype=torch.bool, device=ids.device))
         if index < len(features):
@@ -141,14 +156,17 @@ def splice_row(ids: Tensor, labels: Tensor, features: list[Tensor], text: Tensor
             embeds.append(features[index])
             new_labels.append(torch.full((count,), IGNORE_INDEX, dtype=labels.dtype, device=labels.device))
             visual.append(torch.ones(count, dtype=torch.bool, device=ids.device))
-    return Row(torch.cat(embeds), torch.cat(new_labels), torch.cat(visual))
+            taken = torch.arange(count, device=ids.device) if places is None else places.tokens[index].to(ids.device)
+            positions.append(taken + start)
+            start += count if places is None else places.length
+    return Row(torch.cat(embeds), torch.cat(new_labels), torch.cat(visual), torch.cat(positions))
 
 
 def truncate(rows: list[Row], limit: int | None) -> list[Row]:
     """Cut rows that are longer than `limit` positions; None keeps them."""
     if limit is None:
         return rows
-    return [Row(row.embeds[:limit], row.labels[:limit], row.visual[:limit]) for row in rows]
+    return [Row(*(values[:limit] for values in row)) for row in rows]
 
 
 def pad(rows: list[Row], side: str) -> Batch:
@@ -172,7 +190,7 @@ def pad(rows: list[Row], side: str) -> Batch:
         batch.labels[index, place] = row.labels
         batch.visual[index, place] = row.visual
         batch.mask[index, place] = True
-        batch.positions[index, place] = torch.arange(count, device=row.labels.device, dtype=batch.positions.dtype)
+        batch.positions[index, place] = row.positions
     return batch._replace(embeds=torch.stack(filled))
 
 

@@ -9,6 +9,7 @@ import torch
 import duet
 from duet import DuetConfig, run_decoder
 from duet.cache import DuetCache
+from duet.families import reduced
 from duet.queries import query_rows, surviving_rows
 
 BASE = dict(dominant=10, contextual=3, cluster_width=3, schedule={2: 0.5, 4: 0.25}, stage1="local_cluster")
@@ -18,6 +19,7 @@ VARIANTS = {
     "salient": {"queries": "salient", "salient_tokens": 3},
     "given": {"queries": (0, -2)},
     "original": {"positions": "original"},
+    "patch": {"positions": "patch"},
     "release": {"variant": "release", "queries": "all"},
     "visionzip": {"stage1": "visionzip"},
     "stage 2 only": {"stage1": "none", "schedule": {1: 0.5, 3: 0.1, 5: 0.0}},
@@ -129,6 +131,24 @@ def test_caches_that_cannot_hold_a_reduction_are_refused(model):
             model(**inputs, past_key_values=full, use_cache=True)
         with pytest.raises(ValueError, match="output_attentions"):
             model(**inputs, output_attentions=True)
+
+
+def test_patches_and_text_keep_the_numbers_of_the_whole_prompt(model, monkeypatch):
+    ids, mask = small.pad([small.prompt(2, 2, 3, 3), small.prompt(3, 0, 4, 2)], "left")
+    entered = {}
+
+    def spy(*args, **kwargs):
+        entered.update(kwargs)
+        return run_decoder(*args, **kwargs)
+
+    monkeypatch.setattr(reduced, "run_decoder", spy)
+    with duet.attach(model, config("patch")), duet.trace() as trace:
+        model(input_ids=ids, attention_mask=mask, pixel_values=small.pixels(2))
+    valid, visual = entered["attention_mask"][0], entered["visual_mask"][0]
+    positions = entered["position_ids"][0][valid]
+    first, second = (torch.tensor(image.source) for image in trace.images)
+    assert torch.equal(positions[visual[valid]], torch.cat([3 + first, 3 + small.PATCHES + 1 + second]))
+    assert entered["next_position"].tolist() == [int(positions.max()) + 1, 8] == mask.sum(1).tolist()
 
 
 @pytest.mark.parametrize("counts", [(1, 35), (37, 1), (2, 36)])

@@ -11,6 +11,7 @@ CONFIGS = {
     "full": None,
     "duet": DuetConfig(dominant=60, contextual=5, schedule={4: 0.5, 6: 0.0}),
     "release": DuetConfig(dominant=60, contextual=5, schedule={2: 0.5, 4: 0.25}, queries="all", variant="release"),
+    "patch": DuetConfig(dominant=60, contextual=5, schedule={4: 0.5, 6: 0.0}, positions="patch"),
     "stage2": DuetConfig(stage1="none", schedule={4: 0.1}, queries="salient", positions="original"),
 }
 ROWS = [

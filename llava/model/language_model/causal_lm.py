@@ -76,6 +76,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         visual_mask: Tensor | None = None,
         answer_mask: Tensor | None = None,
         query_indices: Tensor | None = None,
+        next_position: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs,
     ):
@@ -98,6 +99,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             visual_mask: [B, L] bool with `inputs_embeds`: positions that came from a picture.
             answer_mask: [B, L] bool with `inputs_embeds`: generated positions, which never rank visual tokens.
             query_indices: [B, R] positions of the rows that rank visual tokens, padded with -1.
+            next_position: [B] with `inputs_embeds` and `position_ids`: the position of the token that follows each row.
             num_items_in_batch: Label tokens of the global batch, used with `loss_normalization="global"` only.
             **kwargs: Ignored, so that callers written for other versions work.
 
@@ -115,6 +117,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = prepared
             # Another project's override returns a plain tuple; then no position is known to be visual.
             visual_mask = getattr(prepared, "visual_mask", None)
+            next_position = getattr(prepared, "next_position", next_position)
         embeds: Any = inputs_embeds
         if embeds is None:
             embeds = self.model.get_input_embeddings()(input_ids)
@@ -129,6 +132,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             labels=labels,
             answer_mask=answer_mask,
             query_indices=query_indices,
+            next_position=next_position,
             past_key_values=past_key_values,
             use_cache=use_cache,
             config=self.reduction,
@@ -181,7 +185,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             inputs, None, mask, None, None, images, image_sizes=image_sizes
         )
         _, _, mask, _, embeds, _ = prepared
-        visual = getattr(prepared, "visual_mask", None)
+        visual, positions = getattr(prepared, "visual_mask", None), prepared[1]
         if embeds is None:
             # The pad id of some tokenizers has no row in the embedding table.
             embeds = self.model.get_input_embeddings()(inputs.masked_fill(mask == 0, 0))
@@ -189,7 +193,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         embeds: Any
         if kwargs.get("past_key_values") is None:
-            mask, (embeds, visual) = to_left_padding(mask.to(embeds.device), embeds, visual)
+            mask, (embeds, visual, positions) = to_left_padding(mask.to(embeds.device), embeds, visual, positions)
+        if positions is not None:
+            kwargs |= {"position_ids": positions, "next_position": prepared.next_position}
         if self.generation_config.max_length is not None and not {"max_length", "generation_config"} & set(kwargs):
             # Old checkpoints store max_length; next to max_new_tokens transformers would complain on every call.
             new_tokens = kwargs.pop("max_new_tokens", None)
@@ -202,8 +208,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         self, input_ids, past_key_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs
     ):
         """Hand pictures and visual positions to the first step; without a cache, the whole sequence to every step."""
-        first_only = {key: kwargs.pop(key, None) for key in ("images", "image_sizes", "visual_mask")}
-        prompt = inputs_embeds
+        first_only = {key: kwargs.pop(key, None) for key in ("images", "image_sizes", "visual_mask", "next_position")}
+        prompt: Any = inputs_embeds
+        positions: Any = kwargs.get("position_ids")
         host: Any = super()
         model_inputs = host.prepare_inputs_for_generation(
             input_ids,
@@ -217,8 +224,12 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             model_inputs.update({key: value for key, value in first_only.items() if value is not None})
         elif not cached and prompt is not None:
             model_inputs.update(self._recompute_inputs(prompt, input_ids, first_only["visual_mask"]))
-            model_inputs.pop("position_ids", None)
-            model_inputs["position_ids"] = _positions(model_inputs["attention_mask"])
+            later = first_only["next_position"]
+            model_inputs["position_ids"] = (
+                _positions(model_inputs["attention_mask"])
+                if later is None
+                else _continued(positions[:, : prompt.shape[1]], later, input_ids.shape[1])
+            )
         return model_inputs
 
     def _recompute_inputs(self, prompt: Tensor, generated: Tensor, visual: Tensor | None) -> dict:
@@ -274,6 +285,11 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         tower = self.get_vision_tower()
         if tower is not None and kwargs.get("is_main_process", True) and os.path.isdir(save_directory):
             tower.image_processor.save_pretrained(save_directory)
+
+
+def _continued(prompt: Tensor, later: Tensor, new: int) -> Tensor:
+    """Positions of a prompt and `new` tokens after it. Shapes: [B, L], [B] to [B, L + new]."""
+    return torch.cat([prompt, later.unsqueeze(1) + torch.arange(new, device=later.device)], dim=1)
 
 
 def _positions(mask: Tensor) -> Tensor:

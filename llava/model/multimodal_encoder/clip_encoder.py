@@ -146,7 +146,14 @@ class CLIPVisionTower(nn.Module):
         self._image_processor = processor
 
     def forward(
-        self, images: Tensor | list[Tensor], reduction=None, project=None, question=None, tiles=None, layouts=None
+        self,
+        images: Tensor | list[Tensor],
+        reduction=None,
+        project=None,
+        question=None,
+        tiles=None,
+        layouts=None,
+        places: list[Tensor] | None = None,
     ) -> Tensor | list[Tensor]:
         """Encode pictures.
 
@@ -158,6 +165,7 @@ class CLIPVisionTower(nn.Module):
             tiles: which of `images` are tiles of one picture (see `duet.encode_vision`).
             layouts: how the tiles of each picture lie and which of their patches are no border
                 (`duet.families.anyres.Layout`); with a reduction only.
+            places: is given [K] per picture, the place that each token had among the unreduced ones.
 
         Returns:
             [B, K, D] in the dtype of `images`; without a reduction K is every patch (and the class token). Where the
@@ -175,9 +183,9 @@ class CLIPVisionTower(nn.Module):
                 )
             if layouts is not None:
                 return self._encode_tiled(images, reduction, project, question, layouts)
-            return self._encode(images, config=reduction, project=project, question=question, tiles=tiles)
+            return self._encode(images, places, config=reduction, project=project, question=question, tiles=tiles)
 
-    def _encode(self, images: Tensor, **stage1) -> Tensor | list[Tensor]:
+    def _encode(self, images: Tensor, places: list[Tensor] | None = None, **stage1) -> Tensor | list[Tensor]:
         pixels = images.to(device=self.device, dtype=self.dtype)
         encoded = encode_vision(
             self.vision_tower,
@@ -186,6 +194,9 @@ class CLIPVisionTower(nn.Module):
             class_token=self.select_feature == "cls_patch",
             **stage1,
         )
+        if places is not None:
+            first = int(self.select_feature == "cls_patch")
+            places += encoded.per_image((encoded.places(self.num_patches) + first).clamp(min=0))
         tokens = encoded.tokens.to(images.dtype)
         return tokens if encoded.counts is None else encoded.per_image(tokens)
 

@@ -140,6 +140,8 @@ def why_not(tower: nn.Module, reduction: DuetConfig | None) -> str | None:
         return "the vision tower is trained"
     if reduction is None or reduction.stage1 == "none":
         return None
+    if reduction.positions == "patch":
+        return "positions='patch' asks which patches were kept, and the cache holds what became of them"
     reducer: Any = VISION_REDUCERS.get(reduction.stage1)
     for attribute, reason in (
         ("reads_question", "looks at the question"),
