@@ -131,8 +131,10 @@ def salient_maps(model: Any, ids: Sequence[int], pixels: Tensor, layer: int) -> 
         spliced = model.prepare_inputs_labels_for_multimodal(
             torch.tensor([list(ids)], device=model.device), None, None, None, None, pixels.unsqueeze(0)
         )
-        embeds, visual = spliced[4], spliced.visual_mask
-        output = duet.run_decoder(decoder, embeds, visual_mask=visual, config=config, output_hidden_states=True)
+        entered, embeds, visual = spliced[1], spliced[4], spliced.visual_mask
+        output = duet.run_decoder(
+            decoder, embeds, position_ids=entered, visual_mask=visual, config=config, output_hidden_states=True
+        )
     (record,) = trace.images
     stages = [stage for stage in record.kept_after if stage < layer]
     kept = record.kept_after[max(stages)] if stages else list(range(len(record.source)))
@@ -145,8 +147,9 @@ def salient_maps(model: Any, ids: Sequence[int], pixels: Tensor, layer: int) -> 
     if hidden.shape[1] == text:
         raise ValueError("the prompt has no text after the picture that could look at it")
     origin = [*range(start), *(start + token for token in kept), *range(start + len(record.source), embeds.shape[1])]
-    places = origin if config.positions == "original" else range(hidden.shape[1])
-    positions = torch.tensor([list(places)], device=hidden.device)
+    positions = torch.arange(embeds.shape[1], device=hidden.device)[None] if entered is None else entered
+    kept_positions = config.positions in ("original", "patch")
+    positions = positions[:, origin] if kept_positions else positions[:, : hidden.shape[1]]
     signals = DecoderSignals(decoder.layers[layer - 1], hidden, decoder.rotary_emb(hidden, positions), None)
     rows = torch.arange(text, hidden.shape[1], device=hidden.device).unsqueeze(0)
     rows, _ = salient_rows(signals, rows, torch.ones_like(rows, dtype=torch.bool), config.salient_tokens)
