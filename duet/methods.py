@@ -63,10 +63,11 @@ _SPARSE_15 = {192: (309, 204, 113), 128: (312, 117, 39), 64: (82, 32, 18)}
 _SPARSE_20 = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}
 _RANKS = {192: {"scale": 13.5, "bias": 0.0}, 128: {"scale": 9.0, "bias": 6.0}, 64: {"scale": 0.8, "bias": 0.0}}
 _KEEP = {"positions": "original"}
+_PATCH = {"positions": "patch"}
 
 
-def _vision(stage1: str, source: str) -> Method:
-    return Method(stage1, {}, "entering", source)
+def _vision(stage1: str, source: str, options: Mapping[str, Any] | None = None) -> Method:
+    return Method(stage1, {}, "entering", source, options or {})
 
 
 def _listed(
@@ -83,7 +84,7 @@ _ROWS: dict[str, Method] = {
     ),
     "duet-patch": Method(
         "local_cluster", _DUET, "entering", "(C+all), and tokens keep the positions of their patches; ours",
-        {"queries": "all", "positions": "patch"}, _TABLE_12,
+        {"queries": "all", **_PATCH}, _TABLE_12,
     ),
     "duet-vanilla": Method("visionzip", _DUET, "entering", "DUET-VLM without local clusters, Table 7"),
     "duet-release": Method(
@@ -91,6 +92,8 @@ _ROWS: dict[str, Method] = {
     ),
     "local_cluster": _vision("local_cluster", "DUET-VLM VZ(C), stage 1 alone"),
     "visionzip": _vision("visionzip", "VisionZip (arXiv 2412.04467)"),
+    "visionzip-patch": _vision("visionzip", "VisionZip, and tokens keep the positions of their patches; ours", _PATCH),
+    "random-patch": _vision("random", "baseline, and tokens keep the positions of their patches", _PATCH),
     "fastervlm": _vision("fastervlm", "FasterVLM (arXiv 2412.01818)"),
     "hired": _vision("hired", "HiRED (arXiv 2408.10945)"),
     "prumerge": _vision("prumerge", "PruMerge (arXiv 2403.15388), fixed count"),

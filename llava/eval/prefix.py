@@ -68,12 +68,10 @@ def find_shared(ids: Sequence[Sequence[int]], pixels: Any) -> Shared | None:
 
 
 def depends_on_question(model: Any) -> bool:
-    """Whether what is left of a picture depends on the text behind it, or positions do not end with the prefix."""
+    """Whether what is left of a picture depends on the text behind it."""
     config = model.reduction
     if config is None:
         return False
-    if config.positions == "patch":
-        return True
     reads = config.stage1 != "none" and getattr(VISION_REDUCERS.get(config.stage1), "reads_question", False)
     return bool(config.schedule) or reads
 
@@ -102,11 +100,12 @@ def run_prefixes(
     prepared = model.prepare_inputs_labels_for_multimodal(
         ids, None, mask, None, None, [images[place] for place in places], [sizes[place] for place in places]
     )
-    mask, (embeds, visual) = to_left_padding(prepared[2], prepared[4], prepared.visual_mask)
+    mask, (embeds, visual, positions) = to_left_padding(prepared[2], prepared[4], prepared.visual_mask, prepared[1])
     out = model(
         inputs_embeds=embeds,
         attention_mask=mask,
-        position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
+        position_ids=(mask.long().cumsum(1) - 1).clamp(min=0) if positions is None else positions,
+        next_position=prepared.next_position,
         visual_mask=visual,
         use_cache=True,
         logits_to_keep=1,

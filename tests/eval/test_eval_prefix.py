@@ -1,5 +1,7 @@
 """Questions about one picture share its prefix: the same answers, one run of the picture, the same ledger."""
 
+from dataclasses import replace
+
 import pytest
 import runner_world
 import torch
@@ -11,6 +13,7 @@ from llava.eval.generate import Answerer
 from llava.eval.ledger import sample_metadata
 
 STAGE_1_ONLY = duet.DuetConfig(dominant=10, contextual=2, schedule={})
+PATCH = replace(STAGE_1_ONLY, positions="patch")
 TWO_STAGES = duet.DuetConfig(dominant=10, contextual=2, schedule={1: 0.5, 3: 0.0})
 LISTENS = duet.DuetConfig(stage1="cdpruner", dominant=12, contextual=0, schedule={})
 
@@ -50,7 +53,7 @@ def counted(answerer, monkeypatch):
     hook.remove()
 
 
-@pytest.mark.parametrize("reduction", [None, STAGE_1_ONLY], ids=["full", "stage 1"])
+@pytest.mark.parametrize("reduction", [None, STAGE_1_ONLY, PATCH], ids=["full", "stage 1", "patch positions"])
 def test_shared_prefixes_give_the_same_answers(answerer, reduction, counted):
     answerer.model.set_reduction(reduction)
     alone = [answerer.answer([sample], 10)[0] for sample in BATCH]
@@ -92,7 +95,7 @@ def test_a_prompt_that_the_context_cuts_runs_whole(answerer, counted):
     assert counted[0] == (2, 100)
 
 
-@pytest.mark.parametrize("reduction", [None, STAGE_1_ONLY], ids=["full", "stage 1"])
+@pytest.mark.parametrize("reduction", [None, STAGE_1_ONLY, PATCH], ids=["full", "stage 1", "patch positions"])
 def test_the_ledger_is_that_of_single_questions(answerer, reduction):
     answerer.model.set_reduction(reduction)
 
