@@ -82,6 +82,10 @@ _ROWS: dict[str, Method] = {
     "duet-salient": Method(
         "local_cluster", _DUET, "entering", "DUET-VLM (C+S), Table 8", {"queries": "salient"}, _TABLE_12
     ),
+    "duet-raster": Method(
+        "local_cluster", _DUET, "entering", "(C), and merged tokens stand where their centres were; ours",
+        {"options": {"order": "raster"}}, _TABLE_12,
+    ),
     "duet-patch": Method(
         "local_cluster", _DUET, "entering", "(C+all), and tokens keep the positions of their patches; ours",
         {"queries": "all", **_PATCH}, _TABLE_12,
