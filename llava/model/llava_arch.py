@@ -134,10 +134,12 @@ class LlavaMetaForCausalLM(ABC):
         stored = getattr(self.config, "duet", None)
         if stored is None:
             return None
-        read, parsed = vars(self).get("_parsed_reduction", (None, None))
+        # Read once: every decoding step asks. With an attached model it goes with the handle when DUET is detached.
+        holder = vars(vars(self).get("_duet", self))
+        read, parsed = holder.get("_parsed_reduction", (None, None))
         if read != stored:
             parsed = DuetConfig.from_dict(stored)
-            vars(self)["_parsed_reduction"] = (deepcopy(stored), parsed)
+            holder["_parsed_reduction"] = (deepcopy(stored), parsed)
         return parsed
 
     def set_reduction(self, config: DuetConfig | None) -> None:
@@ -149,6 +151,7 @@ class LlavaMetaForCausalLM(ABC):
         Raises:
             ValueError: It does not fit the tower or the decoder's depth.
         """
+        vars(self).pop("_parsed_reduction", None)
         if config is None:
             if hasattr(self.config, "duet"):
                 del self.config.duet
