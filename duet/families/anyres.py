@@ -121,7 +121,8 @@ def _within(visible: range, tile: int, side: int) -> range:
 
 @lru_cache(maxsize=1024)
 def _view(side: int, rows: range, columns: range) -> View:
-    return View.rectangle((side, side), rows, columns)
+    with torch.inference_mode(False):  # it outlives an evaluation in the middle of a training
+        return View.rectangle((side, side), rows, columns)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from v16_world import SIZES, TILE, merged_count, picture, write_original, write_
 
 import duet
 from duet import DuetConfig
+from duet.families import anyres
 from llava.mm_utils import process_anyres_image, process_images, read_pinpoints, resize_and_pad_image
 from llava.model.anyres import Tiling, count_tokens, merge_single, merge_tiles, unpad_image
 from llava.model.builder import load_pretrained_model
@@ -217,8 +218,11 @@ def test_gradients(world, config):
     """Projector and newline have gradients in every batch: zero for a newline that nothing uses, never none."""
     model = world[0]
     model.set_reduction(config)
-    model.train()
     given = inputs(world, SIZES[0], SIZES[4])
+    anyres._view.cache_clear()
+    with torch.inference_mode():  # an evaluation in the middle of a training
+        model.eval()(**given)
+    model.train()
     blank = {"images": torch.zeros(1, 1, 3, TILE, TILE), "image_sizes": [(TILE, TILE)]}
     text_only: dict[str, Any] = {"input_ids": given["input_ids"][:, :2]} | blank
     for batch in (given, text_only):
