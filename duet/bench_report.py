@@ -69,24 +69,28 @@ def derive(case, full, row, sections: Sequence[str], language: Sequence[str]) ->
     The optimizer is left out of both: its cost is memory traffic over the parameters, the same for all configurations.
     Only the saving of a step has it in the time that was measured.
     """
-    whole = [*sections, *(["backward"] if case.kind == "train" else [])]
-    out = {
-        "language_ratio": paired_ratio(full, row, language),
-        "language_predicted": full.flops["language"] / row.flops["language"],
-        "language_predicted_square": full.flops_square["language"] / row.flops_square["language"],
-        "whole_ratio": paired_ratio(full, row, whole),
-        "whole_predicted": sum(full.flops.values()) / sum(row.flops.values()),
-        "step_ratio": paired_ratio(full, row, ["total"]),
+    parts = {  # what is timed, and whose FLOPs predict it
+        "decoder": (("decoder", "stage2"), ("decoder",)),
+        "language": (language, ("decoder", "head")),
+        "whole": ([*sections, *(["backward"] if case.kind == "train" else [])], tuple(full.flops)),
+    }
+    out = {}
+    for part, (timed, counted) in parts.items():
+        ratio, predicted = paired_ratio(full, row, timed), _ratio(full.flops, row.flops, counted)
+        square = _ratio(full.flops_square, row.flops_square, counted)
+        out |= {f"{part}_ratio": ratio, f"{part}_predicted": predicted, f"{part}_predicted_square": square}
+        out |= {f"{part}_reached": ratio / predicted, f"{part}_reached_square": ratio / square}
+    step_ratio, saving = paired_ratio(full, row, ["total"]), 1 - 1 / out["whole_predicted"]
+    return out | {
+        "step_ratio": step_ratio,
+        "saving_reached": (1 - 1 / step_ratio) / saving if saving > 0 else 1.0,
         "decisions": row.median("stage1", "stage2") / full.median(*sections),
         "memory": row.memory.tracked / full.memory.tracked,
     }
-    saving = 1 - 1 / out["whole_predicted"]
-    return out | {
-        "language_reached": out["language_ratio"] / out["language_predicted"],
-        "language_reached_square": out["language_ratio"] / out["language_predicted_square"],
-        "whole_reached": out["whole_ratio"] / out["whole_predicted"],
-        "saving_reached": (1 - 1 / out["step_ratio"]) / saving if saving > 0 else 1.0,
-    }
+
+
+def _ratio(full: Mapping[str, float], row: Mapping[str, float], names: Sequence[str]) -> float:
+    return sum(full[name] for name in names) / sum(row[name] for name in names)
 
 
 def markdown(
@@ -108,7 +112,8 @@ def markdown(
         "maps. Peak memory is what a run needs beyond weights and optimizer state, from the allocator's events; the",
         "resident set's growth is a coarse cross-check. Predicted ratios count the arithmetic that is done: causal",
         "attention computes a triangle. `square` bills it as the full square instead, which is the field's convention",
-        "and promises more than there is to gain. Possible is what the best matrix product and the best copy above",
+        "and promises more than there is to gain. `decoder` is its layers and what stage 2 costs in between, `language`",
+        "also the head and in training the backward. Possible is what the best matrix product and the best copy above",
         "allow for a section's FLOPs and bytes; the percentage is how much of it is reached.",
         "",
     ]
@@ -162,7 +167,7 @@ def _joules(row) -> str:
 
 
 def _ratio_table(case, full, rows, sections, language) -> list[str]:
-    head = ["full / configuration", "language", "predicted", "reached", "predicted (square)", "reached (square)"]
+    head = ["full / configuration", "decoder", "predicted", "reached", "language", "predicted", "reached", "of square"]
     head += ["whole", "predicted", "reached"]
     head += ["with optimizer", "saving reached"] if case.kind == "train" else []
     head += ["decisions / full", "memory / full"]
@@ -171,16 +176,18 @@ def _ratio_table(case, full, rows, sections, language) -> list[str]:
         d = derive(case, full, row, sections, language)
         cells = [
             row.name,
-            f"{d['language_ratio']:.2f}",
-            f"{d['language_predicted']:.2f}",
-            f"{d['language_reached']:.1%}",
-            f"{d['language_predicted_square']:.2f}",
+            *_reached(d, "decoder"),
+            *_reached(d, "language"),
             f"{d['language_reached_square']:.1%}",
+            *_reached(d, "whole"),
         ]
-        cells += [f"{d['whole_ratio']:.2f}", f"{d['whole_predicted']:.2f}", f"{d['whole_reached']:.1%}"]
         cells += [f"{d['step_ratio']:.2f}", f"{d['saving_reached']:.1%}"] if case.kind == "train" else []
         table.append(_line([*cells, f"{d['decisions']:.2%}", f"{d['memory']:.2f}"]))
     return table
+
+
+def _reached(d: Mapping[str, float], part: str) -> list[str]:
+    return [f"{d[part + '_ratio']:.2f}", f"{d[part + '_predicted']:.2f}", f"{d[part + '_reached']:.1%}"]
 
 
 def possible_share(row, section: str) -> float | None:

@@ -131,7 +131,7 @@ def _best(run: Callable[[], Any], device: torch.device, times: int = 8) -> float
 def predicted_flops(
     shape: Any, case: Any, config: DuetConfig | None, untouched: bool = False, causal: bool = False
 ) -> dict[str, float]:
-    """FLOPs of the vision part and of the language part (multiply and add count as two).
+    """FLOPs of the vision part, of the decoder's layers and of the head (multiply and add count as two).
 
     In a training step the tower runs forward only, the projector costs 2.5 times its forward (nothing asks for the
     gradient of the features) and the language model three times. The decoder's attention is billed as the full square,
@@ -146,10 +146,11 @@ def predicted_flops(
     """
     parts = sections(shape, case, config, untouched, causal)
     train = case.kind == "train"
-    language = flops(parts["decoder"]) + flops(parts["head"])
+    passes = 3 if train else 1
     return {
         "vision": flops(parts["tower"]) + flops(parts["projector"]) * (2.5 if train else 1),
-        "language": language * (3 if train else 1),
+        "decoder": flops(parts["decoder"]) * passes,
+        "head": flops(parts["head"]) * passes,
     }
 
 

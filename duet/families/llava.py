@@ -80,8 +80,8 @@ def _encode(model: Any, pixel_values: Tensor, layer: Any, keeps_class: bool, que
     )
     places = None
     if model._duet.config.positions == "patch":
-        class_places = int(keeps_class and model._duet.facts.class_token)
-        places = torch.cat(reduction.per_image(reduction.places(model._duet.facts.patches) + class_places)).clamp(min=0)
+        facts = model._duet.facts
+        places = torch.cat(reduction.places(facts.patches, keeps_class and facts.class_token))
     return replace(Encoded.join(reduction.per_image(projector(reduction.tokens))), places=places)
 
 

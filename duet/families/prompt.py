@@ -169,10 +169,10 @@ def insert(prompt: Prompt, kinds: Sequence[tuple[Pictures, Tensor, Encoded]], pr
         answers = (torch.arange(length, device=device) >= prompt_length).expand(batch, -1)
         prompt = replace(prompt, answer_mask=answers)
     marks = [mark for _, mark, _ in kinds]
-    numbers = [None if kind[2].places is None else _numbers(prompt, *kind) for kind in kinds]
-    placed = any(one is not None for one in numbers)
+    placed = any(encoded.places is not None for _, _, encoded in kinds)
     if placed:
         prompt = _counted_whole(prompt)
+    numbers = [None if kind[2].places is None else _numbers(prompt.position_ids, *kind) for kind in kinds]
     if any(encoded.counts != pictures.expected for pictures, _, encoded in kinds):
         kept = [_kept(pictures, mark, encoded) for pictures, mark, encoded in kinds]
         prompt, marks = _shrink(prompt, marks, kept, keep_positions=placed)
@@ -220,15 +220,14 @@ def _counted_whole(prompt: Prompt) -> Prompt:
     """Return the prompt with positions that count all placeholders. Shapes: [B, L], and [B] for the next token."""
     batch, length = prompt.inputs_embeds.shape[:2]
     device = prompt.inputs_embeds.device
-    valid = torch.ones(batch, length, dtype=torch.bool, device=device)
-    valid = valid if prompt.attention_mask is None else prompt.attention_mask.bool()
+    mask = prompt.attention_mask
+    valid = torch.ones(batch, length, dtype=torch.bool, device=device) if mask is None else mask.bool()
     positions = compact_positions(valid, batch, length, device)
     return replace(prompt, position_ids=positions, next_position=valid.sum(1))
 
 
-def _numbers(prompt: Prompt, pictures: Pictures, marks: Tensor, encoded: Encoded) -> Tensor:
-    """Return the position of each token of ``encoded.places``. Shapes: [sum of K]."""
-    positions: Any = _counted_whole(prompt).position_ids
+def _numbers(positions: Any, pictures: Pictures, marks: Tensor, encoded: Encoded) -> Tensor:
+    """Return the position of each token of ``encoded.places``. Shapes: positions, marks [B, L]; returns [sum of K]."""
     starts = positions[marks][on_device([0, *accumulate(pictures.expected)][:-1], marks.device)]
     places: Any = encoded.places
     return starts.repeat_interleave(on_device(encoded.counts, marks.device), output_size=len(places)) + places
@@ -247,9 +246,10 @@ def _shrink(
     labels = None if prompt.labels is None else prompt.labels.gather(1, index).masked_fill(~new_valid, IGNORE_INDEX)
     answers = None if prompt.answer_mask is None else prompt.answer_mask.gather(1, index) & new_valid
     positions = prompt.position_ids
-    if positions is not None:  # one axis counts tokens, so it starts again; several axes say where a token is
-        counted = positions.gather(1, index) if keep_positions else None
-        positions = counted if positions.dim() == 2 else positions.gather(2, index.expand(len(positions), -1, -1))
+    if positions is not None and positions.dim() == 3:  # several axes say where a token is
+        positions = positions.gather(2, index.expand(len(positions), -1, -1))
+    elif positions is not None:  # one axis counts tokens, so it starts again
+        positions = positions.gather(1, index) if keep_positions else None
     shrunk = replace(
         prompt,
         inputs_embeds=gather_tokens(prompt.inputs_embeds, index),

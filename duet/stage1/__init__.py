@@ -147,21 +147,23 @@ class VisionReduction:
             return list(values_BKX)
         return [row[:count] for row, count in zip(values_BKX, self.counts.tolist(), strict=True)]
 
-    def places(self, patches: int | None = None) -> Tensor:
-        """Return [B, K] the number of each token's patch in the tower's own grid; ``source``, checked.
+    def places(self, patches: int, class_token: bool) -> list[Tensor]:
+        """Return which of an unreduced picture's tokens each token stands for, [K] of each image.
 
         Args:
-            patches: of the unreduced picture; None takes the grid's word.
+            patches: of the unreduced picture.
+            class_token: whether the class token comes first there. A token that belongs to no patch stands for the
+                first token.
 
         Raises:
             ValueError: the reducer looked at a smaller picture, whose patches are others.
         """
-        if patches is not None and self.grid[0] * self.grid[1] != patches:
+        if self.grid[0] * self.grid[1] != patches:
             raise ValueError(
-                f"positions='patch' needs the {patches} patches of the whole picture, but this vision reducer looked "
-                f"at {self.grid[0]} x {self.grid[1]}; take positions='auto'"
+                f"positions='patch' needs all {patches} patches of a picture, but this vision reducer looked at "
+                f"{self.grid[0]} x {self.grid[1]}; take positions='auto'"
             )
-        return self.source
+        return self.per_image((self.source + int(class_token)).clamp(min=0))
 
     @classmethod
     def identity(cls, features: Tensor, class_token: bool, grid: tuple[int, int]) -> VisionReduction:

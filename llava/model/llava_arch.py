@@ -262,20 +262,13 @@ class LlavaMetaForCausalLM(ABC):
                 None if labels is None else batch.labels,
             ),
             visual_mask=batch.visual,
-            next_position=None if places is None else self._lengths(input_ids, attention_mask, places.length),
+            next_position=batch.ends if placed else None,
         )
 
     def _whole_picture(self) -> int:
         """Tokens of a picture that nothing reduces, the class token included where it is taken."""
         tower: Any = self.get_vision_tower()
         return tower.num_patches + int(tower.select_feature == "cls_patch")
-
-    @staticmethod
-    def _lengths(input_ids: Tensor, attention_mask: Tensor | None, picture: int) -> Tensor:
-        """How many positions each row has with whole pictures. Shapes: [B, T] to [B]."""
-        slots = input_ids == IMAGE_TOKEN_INDEX
-        valid = torch.ones_like(slots) if attention_mask is None else attention_mask.bool() | slots
-        return valid.sum(1) + slots.sum(1) * (picture - 1)
 
     def _splice(self, input_ids, attention_mask, labels, features, places: Places | None = None):
         """Splice `features` (a list of [K, D]) into every row, then truncate and pad."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from duet.tokens import on_device
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
@@ -36,6 +37,7 @@ class Row(NamedTuple):
     labels: Tensor  # [L]
     visual: Tensor  # [L] bool
     positions: Tensor  # [L]
+    end: int  # the position that follows
 
 
 class Places(NamedTuple):
@@ -53,6 +55,7 @@ class Batch(NamedTuple):
     visual: Tensor  # [B, L] bool
     mask: Tensor  # [B, L] bool
     positions: Tensor  # [B, L]
+    ends: Tensor  # [B], the position that follows each sample
 
 
 def image_slots(input_ids: Tensor) -> list[int]:
@@ -140,7 +143,7 @@ def splice_row(ids: Tensor, labels: Tensor, features: list[Tensor], text: Tensor
     if not slots:
         embeds = torch.cat([text, *(feature[:0] for feature in features)])
         nothing = torch.zeros(len(embeds), dtype=torch.bool, device=ids.device)
-        return Row(embeds, labels, nothing, torch.arange(len(embeds), device=ids.device))
+        return Row(embeds, labels, nothing, torch.arange(len(embeds), device=ids.device), len(embeds))
     lengths = [stop - start for start, stop in zip([-1, *slots], [*slots, len(ids)], strict=True)]
     pieces = text.split([length - 1 for length in lengths])
     label_pieces = [labels[start + 1 : stop] for start, stop in zip([-1, *slots], [*slots, len(ids)], strict=True)]
@@ -159,14 +162,14 @@ def splice_row(ids: Tensor, labels: Tensor, features: list[Tensor], text: Tensor
             taken = torch.arange(count, device=ids.device) if places is None else places.tokens[index].to(ids.device)
             positions.append(taken + start)
             start += count if places is None else places.length
-    return Row(torch.cat(embeds), torch.cat(new_labels), torch.cat(visual), torch.cat(positions))
+    return Row(torch.cat(embeds), torch.cat(new_labels), torch.cat(visual), torch.cat(positions), start)
 
 
 def truncate(rows: list[Row], limit: int | None) -> list[Row]:
     """Cut rows that are longer than `limit` positions; None keeps them."""
     if limit is None:
         return rows
-    return [Row(*(values[:limit] for values in row)) for row in rows]
+    return [Row(*(values[:limit] for values in row[:-1]), row.end) for row in rows]
 
 
 def pad(rows: list[Row], side: str) -> Batch:
@@ -179,6 +182,7 @@ def pad(rows: list[Row], side: str) -> Batch:
         visual=first.visual.new_zeros(len(rows), length),
         mask=first.visual.new_zeros(len(rows), length),
         positions=first.labels.new_zeros(len(rows), length),
+        ends=on_device([row.end for row in rows], first.labels.device),
     )
     filled = []
     for index, row in enumerate(rows):

@@ -107,7 +107,6 @@ def apply_lora(model: nn.Module, args: Any) -> nn.Module:
     Raises:
         ImportError: peft is not installed.  ValueError: the model has no linear layer to adapt.
     """
-
     paths = adapted_paths(model)
     if not paths:
         raise ValueError("--lora_enable True: the model has no linear layer outside the vision tower and the projector")

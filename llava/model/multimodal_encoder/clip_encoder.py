@@ -195,8 +195,7 @@ class CLIPVisionTower(nn.Module):
             **stage1,
         )
         if places is not None:
-            first = int(self.select_feature == "cls_patch")
-            places += encoded.per_image((encoded.places(self.num_patches) + first).clamp(min=0))
+            places += encoded.places(self.num_patches, self.select_feature == "cls_patch")
         tokens = encoded.tokens.to(images.dtype)
         return tokens if encoded.counts is None else encoded.per_image(tokens)
 
