@@ -1,11 +1,12 @@
 """The same reduction forced to eager attention maps: an honest stand-in for published implementations.
 
 They switch tower and decoder to eager attention, so that every layer writes its maps to memory, and read the ranking
-off a map. So does this: the tower's ranked block hands out the map that it has just used, and so does the decoder layer
-that has run, for reducers that read it. DUET ranks with the next layer's weights: there that layer's attention makes
-its whole map before the drop. What a reducer then does with the signals is the library's own code, so it keeps the same
-tokens. Only the map that ranks is held, where published code often keeps those of all layers, which flatters the
-stand-in; where published code computes single rows of the next layer (PyramidDrop), it is slower than that.
+off a map. So does this. A CLIP tower is asked for all its states and maps (``output_attentions=True``), as the releases
+of VisionZip and DUET-VLM do, and so runs blocks behind the features as well. Of Qwen's tower and of the decoder only
+the map that ranks is held, where published code often keeps those of all layers, which flatters the stand-in. DUET
+ranks with the next layer's weights: there that layer's attention makes its whole map before the drop; where published
+code computes single rows of the next layer (PyramidDrop), the stand-in is slower than that. What a reducer then does
+with the signals is the library's own code, so it keeps the same tokens.
 
 Shapes: B batch, H heads, M tower tokens, N patches, R rows, L sequence.
 """
@@ -33,9 +34,9 @@ from duet.families.passes import UnitSignals, View
 from duet.families.prompt import Encoded, Pictures
 from duet.families.qwen2_5_vl import Qwen25VLFamily
 from duet.signals import DecoderSignals, TowerSignals, rotate
-from duet.stage1 import VISION_REDUCERS, TowerOutput, in_raster_order, runs_tower_itself
+from duet.stage1 import VISION_REDUCERS, TowerOutput, block_signals, in_raster_order, runs_tower_itself
 from duet.stage2 import LANGUAGE_REDUCERS, Decision, Stage
-from duet.vision import encode_vision, run_tower
+from duet.vision import encode_vision
 
 
 class MapTowerSignals(TowerSignals):
@@ -190,7 +191,7 @@ class EagerLlava(_RanksByMaps, LlavaFamily):
     """LLaVA-1.5, ranked by maps."""
 
     def pictures(self, model: Any, inputs: Mapping[str, Any]) -> list[Pictures]:
-        """Return the images, encoded with the ranked block's map."""
+        """Return the images, encoded with the tower's maps."""
         found = super().pictures(model, inputs)
         config = model._duet.config
         if config.stage1 == "none" or runs_tower_itself(config.stage1):
@@ -205,17 +206,25 @@ def _encode_llava(model: Any, pixels: Tensor, reducer: Any, question: Any) -> En
     if config.keeps_every_patch(model._duet.facts.patches):
         kept = encode_vision(tower, pixels, select_layer=layer, config=config)
         return Encoded.join(kept.per_image(projector(kept.tokens)))
-    blocks = getattr(tower, "vision_model", tower).encoder.layers
-    ranked = blocks[layer if layer < 0 else layer - 1]
-    maps: list[Tensor] = []
-    hook = ranked.self_attn.register_forward_hook(lambda module, given, out: maps.append(out[1]))
-    try:
-        output = run_tower(tower, pixels.to(tower.dtype), layer)
-    finally:
-        hook.remove()
-    signals = MapTowerSignals(maps.pop(), output.class_token, None, output.signals)
-    reduction = reducer(replace(output, signals=signals, project=projector, question=question), config)
-    reduction = replace(reduction, grid=output.grid)
+    body = getattr(tower, "vision_model", tower)
+    blocks, size = body.encoder.layers, body.config.patch_size
+    out = tower(pixels.to(tower.dtype), output_hidden_states=True, output_attentions=True)
+    depth = layer % len(out.hidden_states)
+    grid = pixels.shape[-2] // size, pixels.shape[-1] // size
+    has_class = out.hidden_states[0].shape[1] > math.prod(grid)
+    usual = block_signals(blocks[depth - 1], out.hidden_states[depth - 1], has_class)
+    output = TowerOutput(
+        features=out.hidden_states[depth],
+        signals=MapTowerSignals(out.attentions[depth - 1], has_class, None, usual),
+        class_token=has_class,
+        grid=grid,
+        pixels=pixels,
+        next_block=blocks[depth] if depth < len(blocks) else None,
+        first=(blocks[0], out.hidden_states[0]),
+        project=projector,
+        question=question,
+    )
+    reduction = replace(reducer(output, config), grid=grid)
     tracing.record_vision(reduction)
     return Encoded.join(reduction.per_image(projector(reduction.tokens)))
 
