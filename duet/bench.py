@@ -11,7 +11,6 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 from duet import bench_plot, bench_report, methods
 from duet.bench_device import pick_device, preprocessing_seconds
 from duet.bench_eager import EAGER as EAGER_FAMILIES
+from duet.bench_memory import run_equal_memory
 from duet.bench_roofline import calibrate, predicted_flops
 from duet.bench_run import EAGER, FULL, LANGUAGE, UNTOUCHED, Case, Entry, Plan, Row, configured, run_case
 from duet.bench_shapes import PATCHES, SHAPES, QwenShape, Shape, bytes_needed, check_memory, memory_free
@@ -88,6 +88,11 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="*",
         default=[],
         help="also time stage 1 alone at these numbers of visual tokens (576 and more)",
+    )
+    parser.add_argument(
+        "--equal_memory",
+        action="store_true",
+        help="also time training steps with as many samples as fit where full tokens fit --train_batch of them",
     )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--json", default=None, help="write every single measurement here")
@@ -187,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     check_memory(shape, bytes_needed(shape, cases, dtype, args.eager), memory_free(device), device)
     machine = calibrate(device, dtype, args.quick)
-    results = []
+    results, fits = [], []
     if cases:
         model = shape.build(device, dtype, args.attention)
         try:
@@ -197,6 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
         left_out += more
         plan = Plan(rounds, min(args.decode, 2) if args.quick else args.decode, machine, say)
         results = [(case, run_case(model, shape, case, entries, plan)) for case in cases]
+        training = [case for case in cases if case.kind == "train" and args.equal_memory]
+        fits = [(case, run_equal_memory(model, shape, case, entries, plan)) for case in training]
     points = run_stage1(shape, args.stage1_tokens, rounds, device, dtype, say) if args.stage1_tokens else []
 
     prepared = preprocessing_seconds(shape)
@@ -214,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         "command": "python -m duet.bench " + " ".join(arguments if arguments is not None else sys.argv[1:]),
     }
     facts |= {"left out": "; ".join(left_out)} if left_out else {}
-    text = bench_report.markdown(results, facts, SECTIONS, LANGUAGE, FULL, judge=not args.quick, points=points)
+    text = bench_report.markdown(results, facts, SECTIONS, LANGUAGE, FULL, judge=not args.quick, points=points, fits=fits)
     print(text)
     bench_report.write(args.markdown, lambda: text)
     if results or not points:
@@ -222,8 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.csv and points:
         path = args.csv.removesuffix(".csv") + "_stage1.csv"
         bench_report.write(path, lambda: bench_report.stage1_csv(points))
-    stage1 = [asdict(point) for point in points]
-    bench_report.write(args.json, lambda: bench_report.json_text(results, facts, stage1))
+    bench_report.write(args.json, lambda: bench_report.json_text(results, facts, points, fits))
     if args.plot:
         bench_plot.save_plot(args.plot, results, points, f"{shape.name}, {facts['device']}, {facts['date']}")
     return 0

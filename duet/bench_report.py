@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from duet import bench_goals
+from duet import bench_goals, bench_memory
 from duet.bench_run import EAGER, paired_ratio
 
 MIB = 2**20
@@ -101,8 +101,12 @@ def markdown(
     baseline: str,
     judge: bool = True,
     points: Sequence[Any] = (),
+    fits: Sequence[tuple[Any, Sequence[Any]]] = (),
 ) -> str:
-    """Return the report: facts, tables per case, stage 1 alone, and the goals (left out when ``judge`` is False)."""
+    """Return the report: facts, tables per case, training at equal memory, stage 1 alone, and the goals.
+
+    The goals are left out when ``judge`` is False.
+    """
     lines = ["# Speed and memory: full tokens against DUET", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     lines += [
@@ -127,6 +131,8 @@ def markdown(
             lines += [*table, ""] if table else []
         if judge:
             goals += bench_goals.judge(case, full, rows, derive_all(case, full, rows, sections, language), several)
+    for case, found in fits:
+        lines += bench_memory.table(case, found)
     if points:
         lines += ["## Stage 1 alone", "", *_growth_table(points), ""]
         goals += bench_goals.judge_growth(points) if judge else []
@@ -320,10 +326,15 @@ def stage1_csv(points) -> str:
     return out.getvalue()
 
 
-def json_text(results, facts: Mapping[str, Any], stage1: Sequence[Mapping[str, Any]] = ()) -> str:
+def json_text(results, facts: Mapping[str, Any], points: Sequence[Any] = (), fits: Sequence[Any] = ()) -> str:
     """Return every single measurement."""
-    cases = [{"case": asdict(case), "rows": [asdict(row) for row in rows]} for case, rows in results]
-    return json.dumps({"environment": dict(facts), "cases": cases, "stage1": list(stage1)}, indent=1) + "\n"
+    measured = {
+        "environment": dict(facts),
+        "cases": [{"case": asdict(case), "rows": [asdict(row) for row in rows]} for case, rows in results],
+        "equal_memory": [{"case": asdict(case), "fits": [asdict(fit) for fit in found]} for case, found in fits],
+        "stage1": [asdict(point) for point in points],
+    }
+    return json.dumps(measured, indent=1) + "\n"
 
 
 def write(path: str | None, make: Callable[[], str]) -> None:

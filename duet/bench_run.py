@@ -116,6 +116,11 @@ class Plan:
     say: Callable[[str], None]
 
 
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """Return an AdamW over what learns."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
+
+
 def run_once(model: nn.Module, inputs: dict[str, Tensor], optimizer: torch.optim.Optimizer | None) -> None:
     """One prefill (no optimizer) or one training step, unmeasured."""
     if optimizer is None:
@@ -200,10 +205,7 @@ def run_case(model: nn.Module, shape: Any, case: Case, entries: Sequence[Entry],
     """Measure all configurations of a case, interleaved."""
     device = next(model.parameters()).device
     inputs = case.inputs(model, shape, device)
-    optimizer = None
-    if case.kind == "train":
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=1e-6, fused=True)
+    optimizer = make_optimizer(model) if case.kind == "train" else None
     model.train(case.kind == "train")
     rows = [_empty_row(model, shape, case, entry, plan.machine) for entry in entries]
     pairs = list(zip(entries, rows, strict=True))

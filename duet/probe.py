@@ -192,24 +192,25 @@ class PeakMemory:
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> PeakMemory:
-    """Run something once and return its peak memory.
+    """Run something once (on a CPU twice) and return its peak memory.
 
     Args:
         run: what to measure; its result is dropped at once.
         device: where it allocates.
     """
+    resident = None if device.type == "cuda" else _resident_growth(run)
+    return PeakMemory(tracked_peak(run, device), resident)
+
+
+def tracked_peak(run: Callable[[], object], device: torch.device) -> int:
+    """Run something once and return ``PeakMemory.tracked``."""
     if device.type == "cuda":
         wait_for(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         wait_for(device)
-        return PeakMemory(torch.cuda.max_memory_allocated(device) - before, None)
-    resident = _resident_growth(run)
-    return PeakMemory(_cpu_peak(run), resident)
-
-
-def _cpu_peak(run: Callable[[], object]) -> int:
+        return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from duet import bench, bench_goals, bench_plot, bench_report
+from duet.bench_memory import largest_batch
 from duet.bench_roofline import Machine, Work, calibrate, decode_layer, decoder_layer, flops, product
 from duet.bench_run import FULL, cache_bytes
 from duet.bench_stage1 import PASSES, SEQUENCE, Point, exponent, growth, run_stage1
@@ -114,7 +115,7 @@ def test_stage_1_alone_needs_memory_in_proportion_to_the_tokens():
 RUN = [
     "--quick", "--shape", "qwen-long", "--visual_tokens", "144", "--rounds", "1", "--budgets", "192", "--batch", "2",
     "--text", "12", "--train_batch", "1", "--methods", "local_cluster", "--eager", "--threads", "1",
-    "--stage1_tokens", "576", "1152",
+    "--stage1_tokens", "576", "1152", "--equal_memory",
 ]  # fmt: skip
 
 
@@ -146,11 +147,26 @@ def test_a_run_of_everything_writes_its_reports(tmp_path, capsys):
     assert [name for name in duet["seconds"][0] if name.startswith("segment")] == ["segment1", "segment2", "segment3"]
     assert sum(duet["seconds"][0][f"segment{n}"] for n in (1, 2, 3)) == pytest.approx(duet["seconds"][0]["decoder"])
     assert [point["tokens"] for point in stored["stage1"]] == [576, 1152] * 2
+    (fitted,) = stored["equal_memory"]
+    assert [fit["name"] for fit in fitted["fits"]] == ["full", "duet-48", "local_cluster-48"]
+    room = fitted["fits"][0]["memory"]
+    assert all(fit["memory"] <= room and len(fit["seconds"]) == 1 for fit in fitted["fits"])
+    assert fitted["fits"][1]["batch"] > fitted["fits"][0]["batch"] == 1
     assert {"device", "commit", "torch", "best matrix product", "best copy"} <= set(stored["environment"])
     for heading in ("possible", "decoder, segment by segment", "decode", "eager maps / configuration", "series"):
         assert f"| {heading} |" in printed
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "all_stage1.csv").read_text().count("\n") == 5
+
+
+@pytest.mark.parametrize(("fixed", "each", "wanted"), [(100, 10, 7), (100, 45, 2), (171, 1, 2), (0, 21, 8)])
+def test_a_batch_grows_as_far_as_the_memory_goes(fixed, each, wanted):
+    assert largest_batch(lambda batch: fixed + each * batch, 2, 170) == (wanted, fixed + each * wanted)
+
+
+def test_a_batch_is_lowered_where_the_prediction_was_too_high():
+    peaks = {2: 20, 4: 40, 9: 120, 8: 110, 7: 95}
+    assert largest_batch(peaks.__getitem__, 2, 99) == (7, 95)
 
 
 def test_stage_1_can_run_alone(tmp_path):
