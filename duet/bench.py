@@ -221,7 +221,9 @@ def main(arguments: list[str] | None = None) -> int:
         "command": "python -m duet.bench " + " ".join(arguments if arguments is not None else sys.argv[1:]),
     }
     facts |= {"left out": "; ".join(left_out)} if left_out else {}
-    text = bench_report.markdown(results, facts, SECTIONS, LANGUAGE, FULL, judge=not args.quick, points=points, fits=fits)
+    text = bench_report.markdown(
+        results, facts, SECTIONS, LANGUAGE, FULL, judge=not args.quick, points=points, fits=fits
+    )
     print(text)
     bench_report.write(args.markdown, lambda: text)
     if results or not points:

@@ -116,9 +116,9 @@ def markdown(
         "maps. Peak memory is what a run needs beyond weights and optimizer state, from the allocator's events; the",
         "resident set's growth is a coarse cross-check. Predicted ratios count the arithmetic that is done: causal",
         "attention computes a triangle. `square` bills it as the full square instead, which is the field's convention",
-        "and promises more than there is to gain. `decoder` is its layers and what stage 2 costs in between, `language`",
-        "also the head and in training the backward. Possible is what the best matrix product and the best copy above",
-        "allow for a section's FLOPs and bytes; the percentage is how much of it is reached.",
+        "and promises more than there is to gain. `decoder` is its layers with what stage 2 costs between them,",
+        "`language` also the head and in training the backward. Possible is what the best matrix product and the best",
+        "copy above allow for a section's FLOPs and bytes; the percentage is how much of it is reached.",
         "",
     ]
     goals: list[str] = []

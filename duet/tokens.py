@@ -152,10 +152,3 @@ class Counts:
             return cls([length] * batch, visual, rows=rows)
         tokens, starts, ends = rest
         return cls(tokens, visual, left_padded=not all(starts) and all(ends), rows=rows)
-
-
-def is_left_padded(valid: Tensor | None) -> bool:
-    """Return whether padding stands on the left: some row starts with padding and every row ends with a token."""
-    if valid is None:
-        return False
-    return bool(((~valid[:, 0]).any() & valid[:, -1].all()).item())

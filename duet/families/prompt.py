@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from duet.tokens import IGNORE_INDEX, compact_positions, compaction_index, gather_tokens, is_left_padded, on_device
+from duet.tokens import IGNORE_INDEX, Counts, compact_positions, compaction_index, gather_tokens, on_device
 
 if TYPE_CHECKING:
     from duet.question import Question
@@ -35,6 +35,7 @@ class Prompt:
         next_position: [B], the rotary position of the token that follows each sample; None is one after its largest.
         additions: [B, L, D] each, what the outputs of the decoder's first layers get added; zero where nothing is.
         embed: ids to embeddings, while ``inputs_embeds`` holds ids.
+        counts: how many tokens and visual tokens each sample has, where somebody has looked.
     """
 
     inputs_embeds: Tensor
@@ -46,6 +47,7 @@ class Prompt:
     next_position: Tensor | None = None
     additions: Sequence[Tensor] = ()
     embed: Callable[[Tensor], Tensor] | None = None
+    counts: Counts | None = None
 
     def embedded(self) -> Prompt:
         """Return the prompt with embeddings."""
@@ -119,15 +121,48 @@ def placeholders(model: Any, ids_or_embeds: Tensor, token_id: int) -> Tensor:
     return (ids_or_embeds == wanted).all(-1)
 
 
-def owners(marks: Tensor, pictures: Pictures) -> list[int]:
-    """Return the sample that each image belongs to. Shapes: marks [B, L]; returns I numbers.
+def look(marks: Sequence[Tensor], attention_mask: Tensor | None) -> tuple[list[list[int]], Counts | None]:
+    """Count the placeholders of each kind of picture and the tokens of each sample; the one look at a prompt.
+
+    It comes before the towers run, so nothing that they do is waited for. A mask that is not [B, L] says nothing about
+    tokens; then the second result is None. Shapes: marks [B, L] each.
+
+    Raises:
+        ValueError: the mask hides placeholders.
+    """
+    batch, length = marks[0].shape
+    sums = [mark.sum(1) for mark in marks]
+    if attention_mask is not None and attention_mask.shape != marks[0].shape:
+        return torch.stack(sums).tolist(), None
+    if attention_mask is not None:
+        valid = attention_mask.bool()
+        hidden = (torch.stack(list(marks)).any(0) & ~valid).sum(1)
+        sums += [valid.sum(1), valid[:, 0].long(), valid[:, -1].long(), hidden]
+    found = torch.stack(sums).tolist()
+    by_kind, rest = found[: len(marks)], found[len(marks) :]
+    tokens, starts, ends, unseen = rest or ([length] * batch, [1], [1], [0])
+    if any(unseen):
+        raise ValueError(
+            f"attention_mask is 0 at {_listed(unseen)} image or video placeholder tokens of the samples; every "
+            "placeholder is filled with a visual token, so the mask must be 1 there"
+        )
+    visual = [sum(counts) for counts in zip(*by_kind, strict=True)]
+    return by_kind, Counts(tokens, visual, left_padded=not all(starts) and all(ends))
+
+
+def owners(counts: Sequence[int], pictures: Pictures) -> list[int]:
+    """Return the sample that each of I images belongs to.
+
+    Args:
+        counts: placeholders in each sample.
+        pictures: what was given.
 
     Raises:
         ValueError: a sample does not hold all placeholders of its images.
     """
-    counts = marks.sum(1).tolist()
     found, image = [], 0
-    for row, count in enumerate(counts):
+    for row, given in enumerate(counts):
+        count = given
         while count > 0 and image < len(pictures.expected):
             count -= pictures.expected[image]
             found.append(row)
@@ -152,11 +187,28 @@ def first_places(marks: Tensor, pictures: Pictures) -> list[int]:
     return marks.flatten().nonzero()[:, 0].cpu()[starts].tolist()
 
 
+def shrunk_counts(before: Counts | None, kinds: Sequence[tuple[Pictures, list[int], Encoded]]) -> Counts | None:
+    """Return the numbers of a batch after its placeholders have shrunk, by arithmetic; None where they are not known.
+
+    Args:
+        before: as ``look`` found them.
+        kinds: per kind of picture: what was expected, the sample that each belongs to, and its tokens.
+    """
+    if before is None:
+        return None
+    tokens, visual = list(before.tokens), list(before.visual)
+    for pictures, rows, encoded in kinds:
+        for row, expected, count in zip(rows, pictures.expected, encoded.counts, strict=True):
+            tokens[row] += count - expected
+            visual[row] += count - expected
+    return replace(before, tokens=tokens, visual=visual)
+
+
 def insert(prompt: Prompt, kinds: Sequence[tuple[Pictures, Tensor, Encoded]], prompt_length: int | None) -> Prompt:
     """Shrink the placeholders of every image to its tokens, everything else in lockstep, and fill the tokens in.
 
     Args:
-        prompt: as the processor made it.
+        prompt: as the processor made it; its counts are those that will be there in the end.
         kinds: per kind of picture: what was expected, the marks [B, L] of its placeholders, and its tokens.
         prompt_length: positions from this one on are answers and never rank; None where labels say so.
 
@@ -237,11 +289,13 @@ def _shrink(
     prompt: Prompt, marks: list[Tensor], kept: list[Tensor], keep_positions: bool
 ) -> tuple[Prompt, list[Tensor]]:
     """Drop the placeholders that are not kept and close the gaps."""
-    mask = prompt.attention_mask
+    mask, counts = prompt.attention_mask, prompt.counts
+    if counts is None:
+        shape = None if mask is None else tuple(mask.shape)
+        raise ValueError(f"attention_mask must be [batch, length] with DUET, got shape {shape}")
     valid = torch.ones_like(marks[0]) if mask is None else mask.bool()
     keep = (~torch.stack(marks).any(0) | torch.stack(kept).any(0)) & valid
-    left = is_left_padded(None if mask is None else valid)
-    index = compaction_index(keep, int(keep.sum(1).max()), left)
+    index = compaction_index(keep, max(counts.tokens), counts.left_padded)
     new_valid = keep.gather(1, index)
     labels = None if prompt.labels is None else prompt.labels.gather(1, index).masked_fill(~new_valid, IGNORE_INDEX)
     answers = None if prompt.answer_mask is None else prompt.answer_mask.gather(1, index) & new_valid

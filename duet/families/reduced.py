@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,17 @@ from duet import tracing
 from duet.cache import DuetCache, masks_for_generate
 from duet.decoder import DecoderOutput, run_decoder
 from duet.families import Family
-from duet.families.prompt import Encoded, Pictures, Prompt, first_places, insert, owners, placeholders
+from duet.families.prompt import (
+    Encoded,
+    Pictures,
+    Prompt,
+    first_places,
+    insert,
+    look,
+    owners,
+    placeholders,
+    shrunk_counts,
+)
 from duet.queries import answers_from_labels
 from duet.question import Question, asked, is_read, read_question
 
@@ -108,6 +119,7 @@ class ReducedModel:
             use_cache=use_cache,
             config=config,
             fed_length=ids_or_embeds.shape[1],
+            counts=prompt.counts,
             output_hidden_states=bool(output_hidden_states),
             **family.decoder_arguments(encoded),
             **{key: kwargs.pop(key) for key in ("output_attentions",) if key in kwargs},
@@ -177,17 +189,22 @@ def _read_pictures(
     if prompt_length is not None:
         for _, marks in found:
             marks[:, prompt_length:] = False  # an answer may name a placeholder, but brings no picture
+    if not found:
+        return prompt.embedded(), {}
     question = _question(model, prompt, ids_or_embeds, [marks for _, marks in found], prompt_length)
+    by_kind, counts = look([marks for _, marks in found], prompt.attention_mask)
+    rows = [owners(held, pictures) for held, (pictures, _) in zip(by_kind, found, strict=True)]
     kinds = []
-    for pictures, marks in found:
-        owner = torch.tensor(owners(marks, pictures))
-        kinds.append((pictures, marks, pictures.encode(None if question is None else question.select(owner))))
+    for (pictures, marks), owner in zip(found, rows, strict=True):
+        asked_of = None if question is None else question.select(torch.tensor(owner))
+        kinds.append((pictures, marks, pictures.encode(asked_of)))
+    seen = [(pictures, owner, encoded) for (pictures, _, encoded), owner in zip(kinds, rows, strict=True)]
+    prompt = replace(prompt, counts=shrunk_counts(counts, seen))
     if len(kinds) > 1 and tracing.is_active():
         places = [place for pictures, marks, _ in kinds for place in first_places(marks, pictures)]
-        counts = [count for _, _, encoded in kinds for count in encoded.counts]
-        tracing.reorder_pictures(counts, sorted(range(len(places)), key=places.__getitem__))
-    prompt = insert(prompt, kinds, prompt_length) if kinds else prompt.embedded()
-    return prompt, {pictures.kind: encoded for pictures, _, encoded in kinds}
+        sizes = [count for _, _, encoded in kinds for count in encoded.counts]
+        tracing.reorder_pictures(sizes, sorted(range(len(places)), key=places.__getitem__))
+    return insert(prompt, kinds, prompt_length), {pictures.kind: encoded for pictures, _, encoded in kinds}
 
 
 def _question(
@@ -210,7 +227,8 @@ def _repeat_pictures(model: Any, ids_or_embeds: Tensor, inputs: Mapping[str, Any
     given = {name: inputs[name] for name in family.inputs if inputs.get(name) is not None}
     repeated = {}
     for pictures in family.pictures(model, given):
-        owner = torch.tensor(owners(placeholders(model, ids_or_embeds, pictures.token_id), pictures))
+        held = placeholders(model, ids_or_embeds, pictures.token_id).sum(1).tolist()
+        owner = torch.tensor(owners(held, pictures))
         for name, rows in pictures.rows.items():
             if name not in given:
                 continue

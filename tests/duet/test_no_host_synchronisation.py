@@ -8,6 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import duet
 from duet import DuetConfig, encode_vision, run_decoder
 from duet.tokens import Counts
 
@@ -116,6 +117,16 @@ def test_known_counts_change_nothing(padded):
         )
     assert torch.equal(read.last_hidden_state, told.last_hidden_state)
     assert (read.attention_mask is None) == (told.attention_mask is None) == (not padded)
+
+
+@pytest.mark.parametrize("sample", [0, 2])
+def test_a_model_looks_at_its_prompt_before_the_tower_and_never_after(sample):
+    model = small.build()
+    inputs = small.mixed_singles()[sample]
+    with duet.attach(model, DuetConfig(dominant=9, contextual=3, schedule={2: 0.5, 4: 0.0})):
+        seen, out = waits(partial(model, **inputs, use_cache=True))
+        after, _ = waits(partial(model, input_ids=inputs["input_ids"][:, :1], past_key_values=out.past_key_values))
+    assert seen == ["tolist"] and not after, (seen, after)
 
 
 @pytest.mark.parametrize("options", [{}, {"stage1": "fastervlm"}])

@@ -15,6 +15,7 @@ from duet.families.prompt import Prompt, insert
 from duet.over_time import forerunners, merge_over_time
 from duet.probe import peak_memory
 from duet.stage1 import CLASS_TOKEN, CONTEXTUAL, DOMINANT, VisionReduction
+from duet.tokens import Counts
 
 GRID = (3, 4)
 CLIPS = ("video_llava", "llava_onevision", "llava_next_video")
@@ -212,6 +213,7 @@ def test_rotary_positions_are_those_of_the_tokens_that_stay(family):
             encoded = video.encode(None)
         whole = Prompt(model.get_input_embeddings()(ids), inputs["attention_mask"])
         whole = host.place(model, ids, whole, inputs, None)
+        whole = replace(whole, counts=Counts([ids.shape[1] - video.expected[0] + encoded.counts[0]], encoded.counts))
         shrunk = insert(whole, [(video, marks, encoded)], None)
     assert encoded.offsets is not None and encoded.offsets.tolist() == record.images[0].source == sorted(
         record.images[0].source

@@ -92,3 +92,14 @@ def test_placeholders_that_do_not_fit_the_pictures(family):
         pytest.raises(ValueError, match=r"image\(s\) were given, but the samples hold"),
     ):
         model(**inputs | {"input_ids": missing})
+
+
+@pytest.mark.parametrize("family", list(CASES))
+def test_a_mask_that_hides_placeholders(family):
+    case = CASES[family]
+    model = case.build()
+    inputs = case.inputs(model, [next(iter(case.samples.values()))])
+    mask = inputs["attention_mask"].clone()
+    mask[0, int((inputs["input_ids"][0] == IMAGE).nonzero()[0])] = 0
+    with duet.attach(model, case.config), pytest.raises(ValueError, match=r"attention_mask is 0 at \[1\] image"):
+        model(**inputs | {"attention_mask": mask})
