@@ -28,12 +28,6 @@ SIDE = 112  # pixels of a frame
 STORED = 12  # frames of a clip; the model sees 8 of them
 MIN_DIGITS, MAX_DIGITS = 2, 4
 MIN_SHOWN = 3  # stored frames in which a digit is seen, so that at least two of the eight show it
-HALFWAY = 0.5
-"""Share of the training digits that start in the middle.
-
-A digit that crosses the picture is as often left as right, so neither place nor time alone tells its way, and a model
-finds nothing to learn from at first. Held-out digits always cross.
-"""
 COLOURS = 64
 
 
@@ -45,7 +39,7 @@ class Track:
         value: the digit.
         source: its scan.
         first, last: frames.
-        begin, end: left edge of its box in these frames, in pixels. It crosses the whole picture, or the half before it.
+        begin, end: left edge of its box in these frames, in pixels: it crosses the whole picture.
         top: upper edge of its box.
         size: side of its box.
     """
@@ -129,8 +123,6 @@ def _tracks(rng: np.random.Generator, split: str) -> tuple[Track, ...]:
         size = int(rng.integers(MIN_SIZE, MAX_SIZE + 1))
         steps = (SIDE - size) // SNAP
         begin, end = (0, steps) if rng.random() < 0.5 else (steps, 0)
-        if split == "train" and rng.random() < HALFWAY:
-            begin = steps // 2
         last = first + MIN_SHOWN + int(extra) - 1
         pool = pools[int(value)]
         top = int(rng.integers(0, steps + 1)) * SNAP
