@@ -137,6 +137,15 @@ class Counts:
     left_padded: bool = False
     rows: int | None = None
 
+    def repeated(self, times: int) -> Counts:
+        """Return the numbers of a batch in which every sample stands ``times`` times in a row."""
+        tokens, visual = ([n for n in numbers for _ in range(times)] for numbers in (self.tokens, self.visual))
+        return replace(self, tokens=tokens, visual=visual)
+
+    def left(self) -> Counts:
+        """Return the numbers of the same batch with its padding, if it has any, in front."""
+        return replace(self, left_padded=min(self.tokens) < max(self.tokens))
+
     @classmethod
     def read(cls, valid_BL: Tensor | None, visual_BL: Tensor, rows_BL: Tensor | None = None) -> Counts:
         """Count on the device and wait for the numbers, once."""

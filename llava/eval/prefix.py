@@ -106,6 +106,7 @@ def run_prefixes(
         attention_mask=mask,
         position_ids=(mask.long().cumsum(1) - 1).clamp(min=0) if positions is None else positions,
         next_position=prepared.next_position,
+        counts=prepared.counts.left(),
         visual_mask=visual,
         use_cache=True,
         logits_to_keep=1,

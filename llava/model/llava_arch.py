@@ -247,11 +247,13 @@ class LlavaMetaForCausalLM(ABC):
             self._refuse_slots(input_ids)
             return untouched
         question = self._question(input_ids, attention_mask, labels)
+        # What gives tensors their shapes is read here, so that nothing waits for the tower.
+        ids, mask, targets = (None if t is None else t.cpu() for t in (input_ids, attention_mask, labels))
         placed = self.reduction is not None and self.reduction.positions == "patch"
         found: list[Tensor] | None = [] if placed else None
-        features = self._image_features(images, image_sizes, input_ids, question, found)
+        features = self._image_features(images, image_sizes, ids, question, found)
         places = None if found is None else Places(found, self._whole_picture())
-        batch = self._splice(input_ids, attention_mask, labels, features, places)
+        batch = self._splice(ids, mask, targets, features, places, input_ids.device)
         return SplicedInputs(
             (
                 None,
@@ -263,6 +265,7 @@ class LlavaMetaForCausalLM(ABC):
             ),
             visual_mask=batch.visual,
             next_position=batch.ends if placed else None,
+            counts=batch.counts,
         )
 
     def _whole_picture(self) -> int:
@@ -270,8 +273,11 @@ class LlavaMetaForCausalLM(ABC):
         tower: Any = self.get_vision_tower()
         return tower.num_patches + int(tower.select_feature == "cls_patch")
 
-    def _splice(self, input_ids, attention_mask, labels, features, places: Places | None = None):
-        """Splice `features` (a list of [K, D]) into every row, then truncate and pad."""
+    def _splice(self, input_ids, attention_mask, labels, features, places: Places | None, device: torch.device):
+        """Splice `features` (a list of [K, D]) into every row, then truncate and pad.
+
+        Ids, mask and labels are on the host; the embedding table takes its ids on `device`.
+        """
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         # A pad id that equals a real token must not cost a picture its slot.
         valid = valid | (input_ids == IMAGE_TOKEN_INDEX)
@@ -279,7 +285,7 @@ class LlavaMetaForCausalLM(ABC):
             labels = torch.full_like(input_ids, IGNORE_INDEX)
         dealt = assign_features(image_slots(input_ids), len(features))
         ids = [row[keep] for row, keep in zip(input_ids, valid, strict=True)]
-        texts = embed_text(ids, self.get_model().get_input_embeddings())
+        texts = embed_text(ids, self.get_model().get_input_embeddings(), device)
         rows = [
             splice_row(
                 ids[row],

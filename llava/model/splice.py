@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from duet.tokens import on_device
+from duet.tokens import Counts, on_device
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
@@ -17,21 +17,30 @@ class SplicedInputs(tuple):
     Attributes:
         visual_mask: [B, L] bool, True where a position came from a picture; None when nothing was spliced.
         next_position: [B] the position of the token that follows each row, where it is not one after the last.
+        counts: How many tokens and visual tokens each row has.
     """
 
     visual_mask: Tensor | None
     next_position: Tensor | None
+    counts: Counts | None
 
-    def __new__(cls, values, visual_mask: Tensor | None = None, next_position: Tensor | None = None):
+    def __new__(
+        cls,
+        values,
+        visual_mask: Tensor | None = None,
+        next_position: Tensor | None = None,
+        counts: Counts | None = None,
+    ):
         """Make the tuple and hang the rest on it."""
         spliced = super().__new__(cls, values)
         spliced.visual_mask = visual_mask
         spliced.next_position = next_position
+        spliced.counts = counts
         return spliced
 
 
 class Row(NamedTuple):
-    """One sample after splicing, without padding."""
+    """One sample after splicing, without padding. Labels and marks are on the host, the rest on the model's device."""
 
     embeds: Tensor  # [L, D]
     labels: Tensor  # [L]
@@ -56,6 +65,7 @@ class Batch(NamedTuple):
     mask: Tensor  # [B, L] bool
     positions: Tensor  # [B, L]
     ends: Tensor  # [B], the position that follows each sample
+    counts: Counts
 
 
 def image_slots(input_ids: Tensor) -> list[int]:
@@ -109,7 +119,7 @@ def _mismatch(slots: list[int], given: int, wanted: int, text_rows: int) -> str:
     )
 
 
-def embed_text(rows: list[Tensor], embed: nn.Module) -> list[Tensor]:
+def embed_text(rows: list[Tensor], embed: nn.Module, device: torch.device) -> list[Tensor]:
     """Embed the text tokens of all rows in one call.
 
     One call, because under ZeRO-3 every rank must call every module equally often, whatever its batch is.
@@ -117,20 +127,22 @@ def embed_text(rows: list[Tensor], embed: nn.Module) -> list[Tensor]:
     Args:
         rows: token ids [T_i] of each sample, image slots included.
         embed: the embedding table.
+        device: where it takes ids.
 
     Returns:
         For each row [T_i - slots_i, D].
     """
     texts = [ids[ids != IMAGE_TOKEN_INDEX] for ids in rows]
-    return list(embed(torch.cat(texts)).split([len(text) for text in texts]))
+    joined = torch.cat(texts).to(device, non_blocking=True)
+    return list(embed(joined).split([len(text) for text in texts]))
 
 
 def splice_row(ids: Tensor, labels: Tensor, features: list[Tensor], text: Tensor, places: Places | None = None) -> Row:
     """Replace every image slot of one sample by its features.
 
     Args:
-        ids: [T] token ids with `IMAGE_TOKEN_INDEX` in the slots.
-        labels: [T].
+        ids: [T] token ids with `IMAGE_TOKEN_INDEX` in the slots, on the host.
+        labels: [T], on the host.
         features: one [K, D] per slot. A row without slots may bring one placeholder, of which it takes nothing, so
             that the projector stays in the graph of a text-only batch.
         text: [T - slots, D], the embedded text tokens.
@@ -142,24 +154,24 @@ def splice_row(ids: Tensor, labels: Tensor, features: list[Tensor], text: Tensor
     features = [feature.to(device=text.device, dtype=text.dtype) for feature in features]
     if not slots:
         embeds = torch.cat([text, *(feature[:0] for feature in features)])
-        nothing = torch.zeros(len(embeds), dtype=torch.bool, device=ids.device)
-        return Row(embeds, labels, nothing, torch.arange(len(embeds), device=ids.device), len(embeds))
+        nothing = torch.zeros(len(embeds), dtype=torch.bool)
+        return Row(embeds, labels, nothing, torch.arange(len(embeds), device=text.device), len(embeds))
     lengths = [stop - start for start, stop in zip([-1, *slots], [*slots, len(ids)], strict=True)]
     pieces = text.split([length - 1 for length in lengths])
     label_pieces = [labels[start + 1 : stop] for start, stop in zip([-1, *slots], [*slots, len(ids)], strict=True)]
     embeds, new_labels, visual, positions, start = [], [], [], [], 0
     for index, piece in enumerate(pieces):
         embeds.append(piece)
-        positions.append(torch.arange(start, start + len(piece), device=ids.device))
+        positions.append(torch.arange(start, start + len(piece), device=text.device))
         start += len(piece)
         new_labels.append(label_pieces[index])
-        visual.append(torch.zeros(len(piece), dtype=torch.bool, device=ids.device))
+        visual.append(torch.zeros(len(piece), dtype=torch.bool))
         if index < len(features):
             count = len(features[index])
             embeds.append(features[index])
-            new_labels.append(torch.full((count,), IGNORE_INDEX, dtype=labels.dtype, device=labels.device))
-            visual.append(torch.ones(count, dtype=torch.bool, device=ids.device))
-            taken = torch.arange(count, device=ids.device) if places is None else places.tokens[index].to(ids.device)
+            new_labels.append(torch.full((count,), IGNORE_INDEX, dtype=labels.dtype))
+            visual.append(torch.ones(count, dtype=torch.bool))
+            taken = torch.arange(count, device=text.device) if places is None else places.tokens[index].to(text.device)
             positions.append(taken + start)
             start += count if places is None else places.length
     return Row(torch.cat(embeds), torch.cat(new_labels), torch.cat(visual), torch.cat(positions), start)
@@ -174,28 +186,26 @@ def truncate(rows: list[Row], limit: int | None) -> list[Row]:
 
 def pad(rows: list[Row], side: str) -> Batch:
     """Pad rows to the longest on `side` ("left" or "right"), with masks and positions to match."""
-    length = max(len(row.labels) for row in rows)
-    first = rows[0]
-    batch = Batch(
-        embeds=first.embeds.new_zeros(len(rows), length, first.embeds.shape[-1]),
-        labels=first.labels.new_full((len(rows), length), IGNORE_INDEX),
-        visual=first.visual.new_zeros(len(rows), length),
-        mask=first.visual.new_zeros(len(rows), length),
-        positions=first.labels.new_zeros(len(rows), length),
-        ends=on_device([row.end for row in rows], first.labels.device),
-    )
-    filled = []
-    for index, row in enumerate(rows):
-        count = len(row.labels)
-        place = slice(length - count, length) if side == "left" else slice(0, count)
-        before, after = (length - count, 0) if side == "left" else (0, length - count)
-        # Padding by concatenation keeps the graph; the other fields carry no gradient and are written in place.
-        filled.append(nn.functional.pad(row.embeds, (0, 0, before, after)))
-        batch.labels[index, place] = row.labels
-        batch.visual[index, place] = row.visual
-        batch.mask[index, place] = True
-        batch.positions[index, place] = row.positions
-    return batch._replace(embeds=torch.stack(filled))
+    lengths = [len(row.labels) for row in rows]
+    length, device = max(lengths), rows[0].embeds.device
+    padded = []
+    for row in rows:
+        gap = length - len(row.labels)
+        sides = (gap, 0) if side == "left" else (0, gap)
+        # Padding by concatenation keeps the graph of the embeddings.
+        padded.append(
+            (
+                nn.functional.pad(row.embeds, (0, 0, *sides)),
+                nn.functional.pad(row.labels, sides, value=IGNORE_INDEX),
+                nn.functional.pad(row.visual, sides),
+                nn.functional.pad(torch.ones_like(row.visual), sides),
+                nn.functional.pad(row.positions, sides),
+            )
+        )
+    stacked = [torch.stack(field).to(device, non_blocking=True) for field in zip(*padded, strict=True)]
+    visual = [int(row.visual.sum()) for row in rows]
+    left_padded = side == "left" and min(lengths) < length
+    return Batch(*stacked, on_device([row.end for row in rows], device), Counts(lengths, visual, left_padded))
 
 
 def to_left_padding(mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:

@@ -6,6 +6,7 @@ from model_helpers import IMAGE, golden_model, pad_batch, pixels, prompt
 from transformers import StaticCache
 
 from duet import DuetConfig
+from duet.tokens import Counts
 
 CONFIGS = {
     "full": None,
@@ -112,6 +113,20 @@ def test_one_graph_decodes_all_steps(model, name):
             assert torch.allclose(stepped.logits, expected.logits, atol=1e-5)
             token = stepped.logits[:, -1:].argmax(-1)
     assert len(graphs) == 1
+
+
+def test_what_the_splice_counted_is_not_counted_again(model, monkeypatch):
+    model.set_reduction(CONFIGS["duet"])
+    ids, mask = pad_batch(ROWS, "right")
+    settings = [NEW, NEW | {"num_beams": 2}]
+    expected = [model.generate(ids, attention_mask=mask, images=images(range(4)), **one).tolist() for one in settings]
+
+    def refuse(*_):
+        raise AssertionError("the decoder looked at the masks")
+
+    monkeypatch.setattr(Counts, "read", refuse)
+    for one, wanted in zip(settings, expected, strict=True):
+        assert model.generate(ids, attention_mask=mask, images=images(range(4)), **one).tolist() == wanted
 
 
 @pytest.mark.parametrize("name", ["full", "duet"])

@@ -12,6 +12,7 @@ from llava.model.splice import assign_features, embed_text, image_slots, pad, sp
 
 WIDTH = 4
 EMBED = nn.Embedding(50, WIDTH)
+CPU = torch.device("cpu")
 
 
 @st.composite
@@ -30,7 +31,7 @@ def test_every_position_is_where_it_belongs(case, side):
     spliced, expected, all_ids = [], [], []
     for row in batch:
         all_ids.append(torch.tensor([IMAGE if token is None else token for token in row]))
-    texts = embed_text(all_ids, EMBED)
+    texts = embed_text(all_ids, EMBED, CPU)
     for row, sizes, ids, text in zip(batch, lengths, all_ids, texts, strict=True):
         labels = torch.tensor([-100 if token is None else token for token in row])
         features = [torch.full((size, WIDTH), 100.0 + i) for i, size in enumerate(sizes)]
@@ -46,6 +47,10 @@ def test_every_position_is_where_it_belongs(case, side):
     out = pad(spliced, side)
     longest = max(map(len, expected))
     assert out.embeds.shape == (len(batch), longest, WIDTH)
+    padded = len({len(want) for want in expected}) > 1
+    assert out.counts.left_padded == (padded and side == "left")
+    assert out.counts.tokens == [len(want) for want in expected]
+    assert out.counts.visual == [sum(visual for *_, visual in want) for want in expected]
     for index, want in enumerate(expected):
         valid = out.mask[index]
         assert valid.sum() == len(want)
@@ -92,7 +97,7 @@ def test_left_padding_moves_tokens_and_keeps_their_order():
 
 def test_truncation_cuts_everything_alike():
     ids = torch.tensor([3, IMAGE, 4])
-    row = splice_row(ids, ids, [torch.ones(5, WIDTH)], *embed_text([ids], EMBED))
+    row = splice_row(ids, ids, [torch.ones(5, WIDTH)], *embed_text([ids], EMBED, CPU))
     (cut,) = truncate([row], 4)
     assert len(cut.embeds) == len(cut.labels) == len(cut.visual) == 4
     assert truncate([row], None)[0] is row
@@ -101,7 +106,7 @@ def test_truncation_cuts_everything_alike():
 def test_a_text_row_keeps_the_projector_in_the_graph():
     feature = torch.ones(3, WIDTH, requires_grad=True)
     ids = torch.tensor([3, 4])
-    row = splice_row(ids, ids, [feature], *embed_text([ids], EMBED))
+    row = splice_row(ids, ids, [feature], *embed_text([ids], EMBED, CPU))
     assert len(row.embeds) == 2 and not row.visual.any()
     row.embeds.sum().backward()
     assert feature.grad is not None and not feature.grad.any()

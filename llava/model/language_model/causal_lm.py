@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from duet import causal_lm_loss, run_decoder
 from duet.cache import masks_for_generate
+from duet.tokens import Counts
 from llava.model.checkpoints import TOWER_PREFIX, to_original_layout
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import clean_generation_config, load_pretrained
@@ -77,6 +78,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         answer_mask: Tensor | None = None,
         query_indices: Tensor | None = None,
         next_position: Tensor | None = None,
+        counts: Counts | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs,
     ):
@@ -100,6 +102,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             answer_mask: [B, L] bool with `inputs_embeds`: generated positions, which never rank visual tokens.
             query_indices: [B, R] positions of the rows that rank visual tokens, padded with -1.
             next_position: [B] with `inputs_embeds` and `position_ids`: the position of the token that follows each row.
+            counts: With `inputs_embeds`: how many tokens and visual tokens each row has, where the caller knows.
             num_items_in_batch: Label tokens of the global batch, used with `loss_normalization="global"` only.
             **kwargs: Ignored, so that callers written for other versions work.
 
@@ -118,6 +121,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             # Another project's override returns a plain tuple; then no position is known to be visual.
             visual_mask = getattr(prepared, "visual_mask", None)
             next_position = getattr(prepared, "next_position", next_position)
+            counts = getattr(prepared, "counts", None)
         embeds: Any = inputs_embeds
         if embeds is None:
             embeds = self.model.get_input_embeddings()(input_ids)
@@ -136,6 +140,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             past_key_values=past_key_values,
             use_cache=use_cache,
             config=self.reduction,
+            counts=counts,
             output_hidden_states=bool(output_hidden_states),
             output_attentions=bool(output_attentions),
         )
@@ -194,6 +199,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         embeds: Any
         if kwargs.get("past_key_values") is None:
             mask, (embeds, visual, positions) = to_left_padding(mask.to(embeds.device), embeds, visual, positions)
+            counts = getattr(prepared, "counts", None)
+            kwargs["counts"] = None if counts is None else counts.left()
         if positions is not None:
             kwargs |= {"position_ids": positions, "next_position": prepared.next_position}
         if self.generation_config.max_length is not None and not {"max_length", "generation_config"} & set(kwargs):
@@ -208,7 +215,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         self, input_ids, past_key_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs
     ):
         """Hand pictures and visual positions to the first step; without a cache, the whole sequence to every step."""
-        first_only = {key: kwargs.pop(key, None) for key in ("images", "image_sizes", "visual_mask", "next_position")}
+        names = ("images", "image_sizes", "visual_mask", "next_position", "counts")
+        first_only = {key: kwargs.pop(key, None) for key in names}
         prompt: Any = inputs_embeds
         positions: Any = kwargs.get("position_ids")
         host: Any = super()
@@ -221,6 +229,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         )
         cached = kwargs.get("use_cache", True)
         if is_first_iteration:
+            if first_only["counts"] is not None:  # beams of a sample stand next to each other
+                first_only["counts"] = first_only["counts"].repeated(len(prompt) // len(first_only["counts"].tokens))
             model_inputs.update({key: value for key, value in first_only.items() if value is not None})
         elif not cached and prompt is not None:
             model_inputs.update(self._recompute_inputs(prompt, input_ids, first_only["visual_mask"]))
