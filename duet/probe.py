@@ -184,7 +184,8 @@ class PeakMemory:
 
     Attributes:
         tracked: from the allocator's own events; exact, kernels' scratch space included.
-        resident: growth of the process's resident set (CPU only; a coarse cross-check), or None where unknown.
+        resident: growth of the process's resident set (CPU only; a coarse cross-check that has the profiler's own notes
+            in it), or None where unknown.
     """
 
     tracked: int
@@ -192,14 +193,15 @@ class PeakMemory:
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> PeakMemory:
-    """Run something once (on a CPU twice) and return its peak memory.
+    """Run something once and return its peak memory.
 
     Args:
         run: what to measure; its result is dropped at once.
         device: where it allocates.
     """
-    resident = None if device.type == "cuda" else _resident_growth(run)
-    return PeakMemory(tracked_peak(run, device), resident)
+    before = None if device.type == "cuda" else _reset_resident()
+    tracked = tracked_peak(run, device)
+    return PeakMemory(tracked, None if before is None else _status_bytes("VmHWM") - before)
 
 
 def tracked_peak(run: Callable[[], object], device: torch.device) -> int:
@@ -223,15 +225,13 @@ def tracked_peak(run: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def _resident_growth(run: Callable[[], object]) -> int | None:
-    """Growth of the resident set's high-water mark, on systems that let a process reset it (Linux)."""
+def _reset_resident() -> int | None:
+    """Set the resident set's high-water mark back to its size, which is returned; None where no process may (Linux)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
-    before = _status_bytes("VmRSS")
-    run()
-    return _status_bytes("VmHWM") - before
+    return _status_bytes("VmRSS")
 
 
 def _status_bytes(key: str) -> int:
