@@ -29,6 +29,7 @@ from duet.families.prompt import (
     placeholders,
     shrunk_counts,
 )
+from duet.loss import causal_lm_loss
 from duet.queries import answers_from_labels
 from duet.question import Question, asked, is_read, read_question
 
@@ -77,6 +78,7 @@ class ReducedModel:
         use_cache: bool | None = None,
         prompt_length: int | None = None,
         query_indices: Tensor | None = None,
+        skip_logits: bool = False,
         return_dict: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
@@ -86,6 +88,8 @@ class ReducedModel:
         Args beyond the host's:
             prompt_length: positions of ``input_ids`` from this one on are answers and never rank.
             query_indices: [B, R] positions (after stage 1) of the rows that rank, padded with -1.
+            skip_logits: with ``labels``: run the head on supervised positions only and return no logits. The loss is
+                the same; a large vocabulary costs most of its memory and time otherwise.
 
         Raises:
             ValueError: the placeholders of a sample do not match the images, or an option cannot work reduced.
@@ -124,7 +128,7 @@ class ReducedModel:
             **family.decoder_arguments(encoded),
             **{key: kwargs.pop(key) for key in ("output_attentions",) if key in kwargs},
         )
-        result = _output(model, out, encoded, logits_to_keep, kwargs)
+        result = _output(model, out, encoded, None if skip_logits and labels is not None else logits_to_keep, kwargs)
         return result.to_tuple() if return_dict is False else result
 
 
@@ -241,13 +245,17 @@ def _repeat_pictures(model: Any, ids_or_embeds: Tensor, inputs: Mapping[str, Any
 
 
 def _output(
-    model: Any, out: DecoderOutput, encoded: Mapping[str, Encoded], logits_to_keep: int | Tensor, kwargs: dict
+    model: Any, out: DecoderOutput, encoded: Mapping[str, Encoded], logits_to_keep: int | Tensor | None, kwargs: dict
 ) -> Any:
+    """Return what the host class returns, without logits where ``logits_to_keep`` is None."""
     hidden = out.last_hidden_state
-    keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-    logits = model.lm_head(hidden[:, keep, :])
-    loss = None
-    if out.labels is not None:
+    logits = loss = None
+    if logits_to_keep is not None:
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = model.lm_head(hidden[:, keep, :])
+    if out.labels is not None and logits is None:
+        loss = causal_lm_loss(hidden, out.labels, model.lm_head, kwargs.get("num_items_in_batch"))
+    elif out.labels is not None:
         loss = model.loss_function(
             logits=logits, labels=out.labels, vocab_size=model.config.text_config.vocab_size, **kwargs
         )

@@ -24,6 +24,9 @@ class HfTrainer(LLaVATrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        host: Any = self.model
+        host = host.get_base_model() if hasattr(host, "get_base_model") else host
+        self._further = {"use_cache": False, **({"skip_logits": True} if hasattr(host, "_duet") else {})}
         self._watch_vision()
 
     def _watch_vision(self) -> None:
@@ -36,8 +39,8 @@ class HfTrainer(LLaVATrainer):
                 self.meter.handles.append(module.register_forward_hook(lambda *_: self.meter.stop("vision")))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Loss of one batch; no cache is kept in training."""
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        """Loss of one batch, without a cache and, where DUET is attached, without logits that nobody reads."""
+        return super().compute_loss(model, {**inputs, **self._further}, *args, **kwargs)
 
     def save_kind(self) -> str:
         """What a save writes: `adapter` or `full`."""

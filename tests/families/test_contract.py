@@ -137,6 +137,21 @@ def test_a_training_step_reaches_projector_and_language_model(case, model):
         assert mine and sum(g.abs().sum() for g in mine) > 0, part
 
 
+@pytest.mark.parametrize("count", [None, 7])
+def test_without_logits_the_loss_is_the_same(case, model, count):
+    inputs = labelled(case.batch(model, "right")) | ({} if count is None else {"num_items_in_batch": count})
+    duet.attach(model.train(), case.config)
+    gradients = []
+    for skip in (False, True):
+        model.zero_grad()
+        out = model(**inputs, skip_logits=skip)
+        assert (out.logits is None) == skip
+        out.loss.backward()
+        gradients.append([out.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for usual, short in zip(*gradients, strict=True):
+        assert torch.allclose(usual, short, atol=1e-6, rtol=1e-4)
+
+
 def test_lora_and_gradient_checkpointing_give_the_same_loss(case):
     peft = pytest.importorskip("peft", reason="peft is an optional extra (train)")
     losses, grads = [], []
