@@ -10,16 +10,25 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from duet import kernels
 from duet.kernels import reference
 from duet.kernels.reference import rotate
+
+
+def _all(x_BMD: Tensor) -> Tensor:
+    return x_BMD
+
+
+def _first(x_BMD: Tensor) -> Tensor:
+    return x_BMD[:, :1]
 
 
 def attention_rows(query_BHRd: Tensor, key_BHMd: Tensor) -> Tensor:
@@ -32,6 +41,32 @@ def attention_rows(query_BHRd: Tensor, key_BHMd: Tensor) -> Tensor:
     return torch.cat([(block @ keys).softmax(-1).mean(1) for block in query_BHRd.split(size, dim=2)], dim=1)
 
 
+def _keep(seen: dict[str, Tensor], name: str, module: nn.Module, given: Any, out: Tensor) -> None:
+    del module, given
+    seen[name] = out.detach()
+
+
+@contextlib.contextmanager
+def watched(block: Any, wanted: bool = True) -> Iterator[dict[str, Tensor]]:
+    """Collect the queries and keys, [B, M, D] each, that a tower block computes in this context, detached.
+
+    Nothing is collected, and whoever needs them computes them again, where they are not ``wanted`` or the block is
+    compiled.
+    """
+    seen: dict[str, Tensor] = {}
+    compiled = getattr(block, "_compiled_call_impl", None) is not None or torch.compiler.is_compiling()
+    hooks = []
+    for name in ("q_proj", "k_proj") if wanted and not compiled else ():
+        module = getattr(block.self_attn, name)
+        if isinstance(module, nn.Module):  # a family may hand out functions that do more than project
+            hooks.append(module.register_forward_hook(partial(_keep, seen, name)))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class TowerSignals:
     """Signals of one block of a vision transformer, computed on demand from the block's input.
 
@@ -39,27 +74,39 @@ class TowerSignals:
         hidden_BMD: input of the block after its first layer norm, [B, M, D].
         attention: the block's attention module, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
         class_token: whether token 0 is a class token.
+        seen: what ``watched`` collected while the block ran; what is not there is computed.
     """
 
-    def __init__(self, hidden_BMD: Tensor, attention: Any, class_token: bool) -> None:
+    def __init__(
+        self, hidden_BMD: Tensor, attention: Any, class_token: bool, seen: Mapping[str, Tensor] | None = None
+    ) -> None:
         self._hidden = hidden_BMD
         self._attention = attention
+        self._seen = seen or {}
         self._heads = int(attention.num_heads)
         self.class_token = class_token
 
     def select(self, index_B: Tensor) -> TowerSignals:
         """Return the signals of the images with the given numbers."""
-        return TowerSignals(self._hidden[index_B.to(self._hidden.device)], self._attention, self.class_token)
+        index = index_B.to(self._hidden.device)
+        seen = {name: value[index] for name, value in self._seen.items()}
+        return TowerSignals(self._hidden[index], self._attention, self.class_token, seen)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self._heads, -1)).transpose(1, 2)
 
-    def _queries(self, hidden: Tensor) -> Tensor:
-        return self._split(self._attention.q_proj(hidden)).float() * self._attention.scale
+    def _projected(self, name: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return queries or keys of the tokens that ``pick`` takes. Shapes: [B, M, D] -> [B, R, D]."""
+        if name in self._seen:
+            return pick(self._seen[name])
+        return getattr(self._attention, name)(pick(self._hidden))
+
+    def _queries(self, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        return self._split(self._projected("q_proj", pick)).float() * self._attention.scale
 
     @cached_property
     def _keys(self) -> Tensor:
-        return self._split(self._attention.k_proj(self._hidden))
+        return self._split(self._projected("k_proj", _all))
 
     @property
     def _first_patch(self) -> int:
@@ -74,7 +121,7 @@ class TowerSignals:
         """
         if not self.class_token:
             raise ValueError("this vision tower has no class token; use column_mass() instead of class_row()")
-        query = self._queries(self._hidden[:, :1])
+        query = self._queries(_first)
         return (query @ self._keys.float().transpose(-1, -2)).softmax(-1)[:, :, 0, 1:]
 
     def column_mass(self) -> Tensor:
@@ -82,7 +129,7 @@ class TowerSignals:
 
         Shapes: returns [B, N]. Source: DUET-VLM Algorithm 1 line 2 (a sum there; the ranking is the same).
         """
-        queries = self._split(self._attention.q_proj(self._hidden[:, self._first_patch :]))
+        queries = self._split(self._projected("q_proj", lambda x: x[:, self._first_patch :]))
         return kernels.column_mass(queries, self._keys, self._attention.scale)[:, self._first_patch :]
 
     def rows(self, patch_BR: Tensor) -> Tensor:
@@ -91,7 +138,7 @@ class TowerSignals:
         Shapes: patch indices [B, R]; returns [B, R, N]. Source: Algorithm 1 line 6.
         """
         index = (patch_BR + self._first_patch).unsqueeze(-1).expand(-1, -1, self._hidden.shape[-1])
-        return attention_rows(self._queries(self._hidden.gather(1, index)), self._keys)[..., self._first_patch :]
+        return attention_rows(self._queries(lambda x: x.gather(1, index)), self._keys)[..., self._first_patch :]
 
     def joint_class_row(self) -> Tensor:
         """Return the class token's attention to the patches with all heads taken as one. Shapes: [B, N].
@@ -100,8 +147,7 @@ class TowerSignals:
         """
         if not self.class_token:
             raise ValueError("this vision tower has no class token; use column_mass() instead of joint_class_row()")
-        query = self._attention.q_proj(self._hidden[:, :1]).float()
-        keys = self._attention.k_proj(self._hidden).float()
+        query, keys = self._projected("q_proj", _first).float(), self._projected("k_proj", _all).float()
         return (query @ keys.transpose(-1, -2) * keys.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
 
     def joint_keys(self) -> Tensor:

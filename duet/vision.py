@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from duet import tracing
 from duet.config import DuetConfig
+from duet.signals import watched
 from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, block_signals
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def encode_vision(
     if reducer is not None and hasattr(reducer, "encode"):
         reduction = reducer.encode(list(body.encoder.layers[: depths[-1]]), hidden, has_class, grid, config)
     else:
-        output = _tower_output(body.encoder.layers, hidden, depths, has_class, grid, pixel_values)
+        output = _tower_output(body.encoder.layers, hidden, depths, has_class, grid, pixel_values, reducer is not None)
         if reducer is None:
             drop, features = has_class and not class_token, output.features
             reduction = VisionReduction.identity(features[:, 1:] if drop else features, has_class and not drop, grid)
@@ -116,28 +117,39 @@ def _pre_norm(body: Any, embedded: Tensor) -> Tensor:
 
 
 def _tower_output(
-    blocks: Any, hidden: Tensor, depths: list[int], has_class: bool, grid: tuple[int, int], pixels: Tensor
+    blocks: Any,
+    hidden: Tensor,
+    depths: list[int],
+    has_class: bool,
+    grid: tuple[int, int],
+    pixels: Tensor,
+    ranks: bool = True,
 ) -> TowerOutput:
-    states, block_input = _run_blocks(blocks, hidden, depths)
+    states, block_input, seen = _run_blocks(blocks, hidden, depths, ranks)
     features = states[depths[0]] if len(depths) == 1 else torch.cat([states[d] for d in depths], dim=-1)
-    signals = block_signals(blocks[max(depths[-1] - 1, 0)], block_input, has_class)
+    signals = block_signals(blocks[max(depths[-1] - 1, 0)], block_input, has_class, seen)
     following = blocks[depths[-1]] if len(depths) == 1 and depths[-1] < len(blocks) else None
     return TowerOutput(features, signals, has_class, grid, pixels, following, first=(blocks[0], hidden))
 
 
-def _run_blocks(blocks: Any, hidden: Tensor, depths: list[int]) -> tuple[dict[int, Tensor], Tensor]:
-    """Return the states after the wanted depths, and the input of the last wanted block.
+def _run_blocks(
+    blocks: Any, hidden: Tensor, depths: list[int], ranks: bool
+) -> tuple[dict[int, Tensor], Tensor, dict[str, Tensor]]:
+    """Return the states after the wanted depths, and the input, queries and keys of the last wanted block.
 
     Only what is asked for is kept: every other state may be freed while the tower runs.
     """
-    states, block_input = {0: hidden}, hidden
+    states, block_input, seen = {0: hidden}, hidden, {}
     for index in range(max(depths)):
-        if index == depths[-1] - 1:
+        ranked = index == depths[-1] - 1
+        if ranked:
             block_input = hidden
-        hidden = _tensor(blocks[index](hidden, None))
+        with watched(blocks[index], ranked and ranks) as found:
+            hidden = _tensor(blocks[index](hidden, None))
+        seen |= found
         if index + 1 in depths:
             states[index + 1] = hidden
-    return states, block_input
+    return states, block_input, seen
 
 
 def _depth(index: int, blocks: int) -> int:

@@ -15,7 +15,7 @@ Attributes of a reducer that say more, all False unless set:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -108,9 +108,11 @@ class TowerOutput:
 
 
 @torch.no_grad()
-def block_signals(block: Any, hidden: Tensor, class_token: bool) -> TowerSignals:
-    """Return the signals of a tower block from its input [B, M, D]; detached, since nothing learns to rank."""
-    return TowerSignals(block.layer_norm1(hidden), block.self_attn, class_token)
+def block_signals(
+    block: Any, hidden: Tensor, class_token: bool, seen: Mapping[str, Tensor] | None = None
+) -> TowerSignals:
+    """Return the signals of a tower block from its input [B, M, D], and from what ``watched`` saw of it."""
+    return TowerSignals(block.layer_norm1(hidden), block.self_attn, class_token, seen)
 
 
 @dataclass(frozen=True)

@@ -180,3 +180,21 @@ def test_a_budget_beyond_the_patches_of_an_image():
 def test_ties_go_to_the_lower_index(values, count):
     wanted = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
     assert tokens.top_indices(torch.tensor([values]), count)[0].tolist() == wanted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stage1", ["local_cluster", "visionzip", "fastervlm"])
+def test_the_ranked_block_projects_queries_and_keys_once(stage1):
+    tower = small.build().model.vision_tower
+    config = DuetConfig(stage1=stage1, dominant=9, contextual=0 if stage1 == "fastervlm" else 3, schedule={})
+    used = getattr(tower, "vision_model", tower).encoder.layers[:-1]
+    modules = [getattr(block.self_attn, name) for block in used for name in ("q_proj", "k_proj")]
+    calls = []
+    hooks = [module.register_forward_hook(lambda module, *_: calls.append(module)) for module in modules]
+    kept = encode_vision(tower, small.pixels(2), config=config)
+    for hook in hooks:
+        hook.remove()
+    assert calls == modules
+    assert not any(module._forward_hooks for module in modules)
+    used[-1].compile(backend="eager")  # nothing is watched inside a graph
+    assert torch.allclose(encode_vision(tower, small.pixels(2), config=config).tokens, kept.tokens, atol=1e-5)
