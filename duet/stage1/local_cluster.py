@@ -95,8 +95,8 @@ def _merged(patches: Tensor, members_BCW: Tensor, config: DuetConfig) -> Tensor:
 def _attended_neighbours(tower: TowerOutput, dominant: Tensor, centroids: Tensor, width: int) -> Tensor:
     """Return the ``width`` residual patches that each centroid attends to most, itself first. Shapes: [B, C, w]."""
     rows = tower.signals.rows(centroids)
-    rows = rows.scatter(2, dominant.unsqueeze(1).expand(-1, rows.shape[1], -1), -1.0)
-    rows = rows.scatter(2, centroids.unsqueeze(-1), 2.0)
+    taken = torch.zeros_like(rows[:, 0], dtype=torch.bool).scatter(1, dominant, True)
+    rows = rows.masked_fill(taken.unsqueeze(1), -1.0).scatter(2, centroids.unsqueeze(-1), 2.0)
     return top_indices(rows, width)
 
 

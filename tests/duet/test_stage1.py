@@ -176,7 +176,10 @@ def test_a_budget_beyond_the_patches_of_an_image():
         encode_vision(small.build().model.vision_tower, small.pixels(1), select_layer=5)
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 30))
+EDGES = st.sampled_from([0.0, -0.0, 1.0, -1.0, -2.0, float("inf"), float("-inf"), 1e-45, -1e-45, 3.4e38, -3.4e38])
+
+
+@given(st.lists(EDGES | st.floats(width=32, allow_nan=False), min_size=1, max_size=60), st.integers(1, 60))
 def test_ties_go_to_the_lower_index(values, count):
     wanted = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
     assert tokens.top_indices(torch.tensor([values]), count)[0].tolist() == wanted
