@@ -37,7 +37,8 @@ def attention_rows(query_BHRd: Tensor, key_BHMd: Tensor) -> Tensor:
     Shapes: scaled queries [B, H, R, d] in fp32, keys [B, H, M, d]; returns [B, R, M].
     """
     keys = key_BHMd.float().transpose(-1, -2)
-    size = reference.block_rows(query_BHRd.shape[0], query_BHRd.shape[1], keys.shape[-1], query_BHRd.shape[2])
+    batch, heads, rows, _ = query_BHRd.shape
+    size = reference.block_rows(batch, heads, keys.shape[-1], rows, keys.device)
     return torch.cat([(block @ keys).softmax(-1).mean(1) for block in query_BHRd.split(size, dim=2)], dim=1)
 
 
@@ -280,7 +281,7 @@ class DecoderSignals:
         queries = self._queries(index_BR).float() * self._attention.scaling
         queries = queries.unflatten(1, (self._keys.shape[1], -1))
         batch, key_heads, group, rows, _ = queries.shape
-        size = reference.block_rows(batch, key_heads * group, self._normed.shape[1], rows)
+        size = reference.block_rows(batch, key_heads * group, self._normed.shape[1], rows, queries.device)
         parts = [x.split(size, 1) for x in (index_BR, *per_row_BR)]
         yield from zip(*parts, queries.split(size, 3), strict=True)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from duet.kernels import gather_all
 
 IGNORE_INDEX = -100
+_AT_ONCE = 1 << 18  # scores that become whole numbers at once
 
 
 def rank_descending(scores_BN: Tensor) -> Tensor:
@@ -32,10 +33,18 @@ def top_indices(scores_BN: Tensor, count: int) -> Tensor:
     size = scores_BN.shape[-1]
     if 4 * count > size:
         return rank_descending(scores_BN)[..., :count]
-    # Few of many: no sort, but one whole number for score and place, whose order is that of the scores and then of the
-    # places. The bits of a float order like a whole number, those of a negative one the other way round.
+    blocks = scores_BN.reshape(-1, size).split(max(1, _AT_ONCE // size))
+    return torch.cat([_few_of_many(block, count) for block in blocks]).view(*scores_BN.shape[:-1], count)
+
+
+def _few_of_many(scores_BN: Tensor, count: int) -> Tensor:
+    """Return what ``top_indices`` does without sorting: score and place become one whole number.
+
+    The bits of a float order like those of a whole number, those of a negative one the other way round.
+    """
     bits = (scores_BN.float() + 0.0).contiguous().view(torch.int32).long()  # + 0.0: there is only one zero
     order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    size = scores_BN.shape[-1]
     places = torch.arange(size - 1, -1, -1, device=order.device)
     return torch.topk(order * size + places, count, dim=-1).indices
 

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 23  # scores held at once (fp32: 32 MiB); large enough to keep two cores or a GPU busy
+BLOCK_ELEMENTS = 1 << 20  # scores held at once on a CPU (fp32: 4 MiB); more do not stay in its cache
+DEVICE_BLOCK_ELEMENTS = 1 << 23  # elsewhere; large enough to keep a GPU busy
 
 
-def block_rows(batch: int, heads: int, keys: int, rows: int) -> int:
+def block_rows(batch: int, heads: int, keys: int, rows: int, device: torch.device) -> int:
     """Return how many query rows to score at once; never all of them for long sequences."""
-    return max(1, min(rows, 256, BLOCK_ELEMENTS // max(1, batch * heads * keys)))
+    most = BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
+    return max(1, min(rows, 256, most // max(1, batch * heads * keys)))
 
 
 def column_mass(
@@ -29,7 +31,7 @@ def column_mass(
     batch, heads, rows, _ = query_BHRd.shape
     mass = keys.new_zeros(batch, keys.shape[-1])
     spans = windows(bounds, rows, query_BHRd.device)
-    size = block_rows(batch, heads, keys.shape[-1], rows)
+    size = block_rows(batch, heads, keys.shape[-1], rows, keys.device)
     for first, block in zip(range(0, rows, size), query_BHRd.split(size, dim=2), strict=True):
         scores = (block.float() * scale) @ keys
         if spans is None and valid_BM is None:
@@ -88,7 +90,7 @@ def received(
     keys = (key_BKLd if rotary is None else rotate(key_BKLd, *rotary)).float()
     query = (query_BHRd.float() * scale).unflatten(1, (keys.shape[1], -1))
     batch, key_heads, group, rows, _ = query.shape
-    size = block_rows(batch, key_heads * group, keys.shape[2], rows)
+    size = block_rows(batch, key_heads * group, keys.shape[2], rows, keys.device)
     total = keys.new_zeros(batch, keys.shape[2])
     blocks = zip(stop_BR.split(size, 1), counted_BR.float().split(size, 1), query.split(size, 3), strict=True)
     for stop, counted, block in blocks:

@@ -96,7 +96,7 @@ def _attended_neighbours(tower: TowerOutput, dominant: Tensor, centroids: Tensor
     """Return the ``width`` residual patches that each centroid attends to most, itself first. Shapes: [B, C, w]."""
     rows = tower.signals.rows(centroids)
     taken = torch.zeros_like(rows[:, 0], dtype=torch.bool).scatter(1, dominant, True)
-    rows = rows.masked_fill(taken.unsqueeze(1), -1.0).scatter(2, centroids.unsqueeze(-1), 2.0)
+    rows = rows.masked_fill_(taken.unsqueeze(1), -1.0).scatter_(2, centroids.unsqueeze(-1), 2.0)
     return top_indices(rows, width)
 
 
