@@ -1,8 +1,6 @@
 """Training at equal memory: how many samples fit where full tokens fit a batch, and what a step with them takes.
 
-Fewer tokens leave less for the backward pass to remember, so a batch can grow. A step's peak grows with the batch by
-about the same bytes for every sample: two sizes are measured, a third one is predicted, measured, and lowered until
-it fits.
+Fewer tokens leave less for the backward pass to remember, so a batch can grow.
 """
 
 from __future__ import annotations
@@ -84,16 +82,24 @@ def run_equal_memory(model: nn.Module, shape: Any, case: Case, entries: Sequence
 
 
 def largest_batch(peak: Callable[[int], int], start: int, room: int) -> tuple[int, int]:
-    """Return the largest batch whose peak fits into ``room`` bytes, and its peak; ``start`` where none larger does."""
-    least = peak(start)
-    each = (peak(2 * start) - least) / start
-    batch = start + max(0, int((room - least) / max(each, 1.0)))
-    while batch > start:
+    """Return about the largest batch whose peak fits into ``room`` bytes, and its peak; at least ``start``.
+
+    The batch is doubled until it does not fit, so no step needs much more than twice the room; what lies between is
+    interpolated and measured.
+    """
+    low, least = start, peak(start)
+    if least > room:
+        return low, least
+    high, most = 2 * low, peak(2 * low)
+    while most <= room:
+        low, least, high = high, most, 2 * high
+        most = peak(high)
+    while (batch := low + int((room - least) * (high - low) / (most - least))) > low:
         used = peak(batch)
         if used <= room:
             return batch, used
-        batch -= 1
-    return start, least
+        high, most = batch, used
+    return low, least
 
 
 def table(case: Case, fits: Sequence[Fit]) -> list[str]:

@@ -74,9 +74,8 @@ def decode_layer(shape: DecoderShape, batch: int, held: int) -> list[Work]:
 
 
 def column_mass(batch: int, patches: int, width: int) -> list[Work]:
-    """Return the work of stage 1's ranking: queries, keys, and every score once."""
-    projections = product(batch * patches, width, 2 * width)
-    return [projections, Work(2 * batch * patches * patches * width, batch * patches * (2 * width + 1))]
+    """Return the work of stage 1's ranking: every score once, from queries and keys that the tower has made."""
+    return [Work(2 * batch * patches * patches * width, batch * patches * (2 * width + 1))]
 
 
 def text_rows(shape: DecoderShape, batch: int, tokens: int) -> list[Work]:

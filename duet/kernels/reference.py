@@ -17,18 +17,29 @@ BLOCK_ELEMENTS = 1 << 20  # scores held at once on a CPU (fp32: 4 MiB); more do 
 DEVICE_BLOCK_ELEMENTS = 1 << 23  # elsewhere; large enough to keep a GPU busy
 
 
+_FEWEST_ROWS = 64  # of a block; a product of fewer is slow, so a large batch is taken apart first
+
+
+def _at_once(device: torch.device) -> int:
+    return BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
+
+
 def block_rows(batch: int, heads: int, keys: int, rows: int, device: torch.device) -> int:
     """Return how many query rows to score at once; never all of them for long sequences."""
-    most = BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
-    return max(1, min(rows, 256, most // max(1, batch * heads * keys)))
+    return max(1, min(rows, 256, _at_once(device) // max(1, batch * heads * keys)))
 
 
 def column_mass(
     query_BHRd: Tensor, key_BHMd: Tensor, scale: float, bounds: Tensor | None = None, valid_BM: Tensor | None = None
 ) -> Tensor:
     """See ``duet.kernels.column_mass``."""
-    keys = key_BHMd.float().transpose(-1, -2)
     batch, heads, rows, _ = query_BHRd.shape
+    images = max(1, _at_once(key_BHMd.device) // (heads * max(1, key_BHMd.shape[2]) * _FEWEST_ROWS))
+    if batch > images:
+        masks = [None] * -(-batch // images) if valid_BM is None else valid_BM.split(images)
+        parts = zip(query_BHRd.split(images), key_BHMd.split(images), masks, strict=True)
+        return torch.cat([column_mass(query, key, scale, bounds, valid) for query, key, valid in parts])
+    keys = key_BHMd.float().transpose(-1, -2).contiguous()  # else every block's product copies them
     mass = keys.new_zeros(batch, keys.shape[-1])
     spans = windows(bounds, rows, query_BHRd.device)
     size = block_rows(batch, heads, keys.shape[-1], rows, keys.device)
