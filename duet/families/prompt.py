@@ -315,6 +315,6 @@ def _shrink(
     return shrunk, [mark.gather(1, index) & new_valid for mark in kept]
 
 
-def _listed(numbers: list[int]) -> str:
+def _listed(numbers: Sequence[int]) -> str:
     shown = ", ".join(map(str, numbers[:8]))
     return f"[{shown}{', ...' if len(numbers) > 8 else ''}]"

@@ -248,7 +248,7 @@ class LlavaMetaForCausalLM(ABC):
             return untouched
         question = self._question(input_ids, attention_mask, labels)
         # What gives tensors their shapes is read here, so that nothing waits for the tower.
-        ids, mask, targets = (None if t is None else t.cpu() for t in (input_ids, attention_mask, labels))
+        ids, mask, targets = input_ids.cpu(), *(None if t is None else t.cpu() for t in (attention_mask, labels))
         placed = self.reduction is not None and self.reduction.positions == "patch"
         found: list[Tensor] | None = [] if placed else None
         features = self._image_features(images, image_sizes, ids, question, found)

@@ -181,7 +181,9 @@ def truncate(rows: list[Row], limit: int | None) -> list[Row]:
     """Cut rows that are longer than `limit` positions; None keeps them."""
     if limit is None:
         return rows
-    return [Row(*(values[:limit] for values in row[:-1]), row.end) for row in rows]
+    return [
+        Row(row.embeds[:limit], row.labels[:limit], row.visual[:limit], row.positions[:limit], row.end) for row in rows
+    ]
 
 
 def pad(rows: list[Row], side: str) -> Batch:
@@ -202,10 +204,11 @@ def pad(rows: list[Row], side: str) -> Batch:
                 nn.functional.pad(row.positions, sides),
             )
         )
-    stacked = [torch.stack(field).to(device, non_blocking=True) for field in zip(*padded, strict=True)]
-    visual = [int(row.visual.sum()) for row in rows]
-    left_padded = side == "left" and min(lengths) < length
-    return Batch(*stacked, on_device([row.end for row in rows], device), Counts(lengths, visual, left_padded))
+    embeds, labels, visual, mask, positions = (
+        torch.stack(field).to(device, non_blocking=True) for field in zip(*padded, strict=True)
+    )
+    counts = Counts(lengths, [int(row.visual.sum()) for row in rows], side == "left" and min(lengths) < length)
+    return Batch(embeds, labels, visual, mask, positions, on_device([row.end for row in rows], device), counts)
 
 
 def to_left_padding(mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
