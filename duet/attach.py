@@ -111,7 +111,7 @@ def attach(model: nn.Module, config: DuetConfig | None = None, *, text_encoder: 
         ValueError: unsupported model, attached already, no configuration, or one that does not fit the model.
     Source: DUET-VLM Sec. 3.
     """
-    model = _unwrap(model)
+    model = base_model(model)
     if _handle(model) is not None:
         raise ValueError("DUET is already attached to this model; call duet.detach(model) first")
     family = families.find(model)
@@ -144,7 +144,7 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: DUET is not attached.
     """
-    model = _unwrap(model)
+    model = base_model(model)
     handle = _handle(model)
     if handle is None:
         raise ValueError("DUET is not attached to this model")
@@ -163,7 +163,7 @@ def _handle(model: nn.Module) -> Handle | None:
     return vars(model).get("_duet")
 
 
-def _unwrap(model: nn.Module) -> Any:
+def base_model(model: nn.Module) -> Any:
     """Return the base model of a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 

@@ -34,9 +34,9 @@ from duet.families.passes import UnitSignals, View
 from duet.families.prompt import Encoded, Pictures
 from duet.families.qwen2_5_vl import Qwen25VLFamily
 from duet.signals import DecoderSignals, TowerSignals, rotate
-from duet.stage1 import VISION_REDUCERS, TowerOutput, block_signals, in_raster_order, runs_tower_itself
+from duet.stage1 import VISION_REDUCERS, TowerOutput, in_raster_order, runs_tower_itself
 from duet.stage2 import LANGUAGE_REDUCERS, Decision, Stage
-from duet.vision import encode_vision
+from duet.vision import encode_vision, tower_output
 
 
 class MapTowerSignals(TowerSignals):
@@ -206,25 +206,12 @@ def _encode_llava(model: Any, pixels: Tensor, reducer: Any, question: Any) -> En
     if config.keeps_every_patch(model._duet.facts.patches):
         kept = encode_vision(tower, pixels, select_layer=layer, config=config)
         return Encoded.join(kept.per_image(projector(kept.tokens)))
-    body = getattr(tower, "vision_model", tower)
-    blocks, size = body.encoder.layers, body.config.patch_size
     out = tower(pixels.to(tower.dtype), output_hidden_states=True, output_attentions=True)
-    depth = layer % len(out.hidden_states)
-    grid = pixels.shape[-2] // size, pixels.shape[-1] // size
-    has_class = out.hidden_states[0].shape[1] > math.prod(grid)
-    usual = block_signals(blocks[depth - 1], out.hidden_states[depth - 1], has_class)
-    output = TowerOutput(
-        features=out.hidden_states[depth],
-        signals=MapTowerSignals(out.attentions[depth - 1], has_class, None, usual),
-        class_token=has_class,
-        grid=grid,
-        pixels=pixels,
-        next_block=blocks[depth] if depth < len(blocks) else None,
-        first=(blocks[0], out.hidden_states[0]),
-        project=projector,
-        question=question,
-    )
-    reduction = replace(reducer(output, config), grid=grid)
+    output = tower_output(tower, layer, pixels, out.hidden_states)
+    ranking = out.attentions[layer if layer < 0 else layer - 1]
+    signals = MapTowerSignals(ranking, output.class_token, None, output.signals)
+    reduction = reducer(replace(output, signals=signals, project=projector, question=question), config)
+    reduction = replace(reduction, grid=output.grid)
     tracing.record_vision(reduction)
     return Encoded.join(reduction.per_image(projector(reduction.tokens)))
 

@@ -100,21 +100,3 @@ def largest_batch(peak: Callable[[int], int], start: int, room: int) -> tuple[in
             return batch, used
         high, most = batch, used
     return low, least
-
-
-def table(case: Case, fits: Sequence[Fit]) -> list[str]:
-    """Return the section of the report."""
-    full = fits[0]
-    lines = [
-        f"## Training at equal memory, {case.text} text tokens",
-        "",
-        f"The largest batch whose step needs no more memory than full tokens need for {full.batch}.",
-        "",
-        "| configuration | batch | peak MiB | ms a step | ms a sample | full / configuration |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for fit in fits:
-        step = 1e3 * statistics.median(fit.seconds)
-        cells = [fit.name, fit.batch, f"{fit.memory / 2**20:.0f}", f"{step:.0f}", f"{1e3 * fit.per_sample:.0f}"]
-        lines.append("| " + " | ".join([*map(str, cells), f"{full.per_sample / fit.per_sample:.2f}"]) + " |")
-    return [*lines, ""]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from duet import bench_goals, bench_memory
+from duet import bench_goals
 from duet.bench_run import EAGER, paired_ratio
 
 MIB = 2**20
@@ -132,7 +132,7 @@ def markdown(
         if judge:
             goals += bench_goals.judge(case, full, rows, derive_all(case, full, rows, sections, language), several)
     for case, found in fits:
-        lines += bench_memory.table(case, found)
+        lines += [f"## Training at equal memory, {case.text} text tokens", "", *_memory_table(found), ""]
     if points:
         lines += ["## Stage 1 alone", "", *_growth_table(points), ""]
         goals += bench_goals.judge_growth(points) if judge else []
@@ -274,6 +274,17 @@ def _eager_table(rows) -> list[str]:
         groups = (["total"], ["tower"], ["decoder"], ["stage1", "stage2"])
         cells = [f"{paired_ratio(eager, row, group):.2f}" if row.spread(group[0])[0] else "-" for group in groups]
         table.append(_line([row.name, *cells, f"{row.memory.tracked / eager.memory.tracked:.1%}"]))
+    return table
+
+
+def _memory_table(fits) -> list[str]:
+    full = fits[0]
+    about = f"The largest batch whose step needs no more memory than full tokens need for {full.batch}."
+    head = ["configuration", "batch", "peak MiB", "ms a step", "ms a sample", "full / configuration"]
+    table = [about, "", _line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+    for fit in fits:
+        cells = [fit.name, str(fit.batch), f"{fit.memory / MIB:.0f}", f"{1e3 * fit.per_sample * fit.batch:.0f}"]
+        table.append(_line([*cells, f"{1e3 * fit.per_sample:.0f}", f"{full.per_sample / fit.per_sample:.2f}"]))
     return table
 
 

@@ -209,7 +209,8 @@ def run_case(model: nn.Module, shape: Any, case: Case, entries: Sequence[Entry],
     model.train(case.kind == "train")
     rows = [_empty_row(model, shape, case, entry, plan.machine) for entry in entries]
     pairs = list(zip(entries, rows, strict=True))
-    run_once(model, inputs, optimizer)  # also makes the optimizer's state
+    if optimizer is not None:
+        run_once(model, inputs, optimizer)  # makes the optimizer's state
     for entry, row in pairs:  # also the warm-up of every configuration
         with configured(model, entry):
             gc.collect()

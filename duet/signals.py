@@ -43,13 +43,13 @@ def attention_rows(query_BHRd: Tensor, key_BHMd: Tensor) -> Tensor:
 
 
 def _keep(seen: dict[str, Tensor], name: str, module: nn.Module, given: Any, out: Tensor) -> None:
-    del module, given
-    seen[name] = out.detach()
+    del module
+    seen |= {"input": given[0].detach(), name: out.detach()}
 
 
 @contextlib.contextmanager
 def watched(block: Any, wanted: bool = True) -> Iterator[dict[str, Tensor]]:
-    """Collect the queries and keys, [B, M, D] each, that a tower block computes in this context, detached.
+    """Collect what a tower block computes in this context, [B, M, D] each, detached: queries, keys, and their input.
 
     Nothing is collected, and whoever needs them computes them again, where they are not ``wanted`` or the block is
     compiled.
@@ -75,7 +75,7 @@ class TowerSignals:
         hidden_BMD: input of the block after its first layer norm, [B, M, D].
         attention: the block's attention module, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
         class_token: whether token 0 is a class token.
-        seen: what ``watched`` collected while the block ran; what is not there is computed.
+        seen: queries and keys that ``watched`` collected while the block ran; what is not there is computed.
     """
 
     def __init__(

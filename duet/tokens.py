@@ -166,15 +166,21 @@ class Counts:
     @classmethod
     def read(cls, valid_BL: Tensor | None, visual_BL: Tensor, rows_BL: Tensor | None = None) -> Counts:
         """Count on the device and wait for the numbers, once."""
-        batch, length = visual_BL.shape
+        length = visual_BL.shape[1]
         sums = [visual_BL.sum(1)]
         if rows_BL is not None:
             sums.append(rows_BL.sum(1))
-        if valid_BL is not None:
-            sums += [valid_BL.sum(1), valid_BL[:, 0].long(), valid_BL[:, -1].long()]
-        visual, *rest = torch.stack(sums).tolist()
+        visual, *rest = torch.stack([*sums, *cls.sums(valid_BL)]).tolist()
         rows = None if rows_BL is None else max(1, *rest.pop(0))
-        if valid_BL is None:
-            return cls([length] * batch, visual, rows=rows)
-        tokens, starts, ends = rest
-        return cls(tokens, visual, left_padded=not all(starts) and all(ends), rows=rows)
+        return replace(cls.of(visual, rest, length), rows=rows)
+
+    @staticmethod
+    def sums(valid_BL: Tensor | None) -> list[Tensor]:
+        """Return what ``of`` has to know of a mask, [B] each; nothing of none."""
+        return [] if valid_BL is None else [valid_BL.sum(1), valid_BL[:, 0].long(), valid_BL[:, -1].long()]
+
+    @classmethod
+    def of(cls, visual: list[int], sums: list[list[int]], length: int) -> Counts:
+        """Return the numbers of a batch of samples with ``visual`` tokens and a mask with these ``sums``."""
+        tokens, starts, ends = sums or ([length] * len(visual), [1], [1])
+        return cls(tokens, visual, left_padded=not all(starts) and all(ends))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -74,11 +74,13 @@ def encode_vision(
     if reducer is not None and hasattr(reducer, "encode"):
         reduction = reducer.encode(list(body.encoder.layers[: depths[-1]]), hidden, has_class, grid, config)
     else:
-        output = _tower_output(body.encoder.layers, hidden, depths, has_class, grid, pixel_values, reducer is not None)
+        states, seen = _run_blocks(body.encoder.layers, hidden, depths, reducer is not None)
         if reducer is None:
-            drop, features = has_class and not class_token, output.features
+            drop, features = has_class and not class_token, _features(states, depths)
             reduction = VisionReduction.identity(features[:, 1:] if drop else features, has_class and not drop, grid)
         else:
+            output = tower_output(tower, select_layer, pixel_values, states, seen)
+            del states  # what the reducer does not get may be freed
             reduction = reducer(replace(output, project=project, tiles=tiles, question=question), config)
     reduction = replace(reduction, grid=grid)
     tracing.record_vision(reduction)
@@ -99,10 +101,42 @@ def run_tower(tower: Any, pixel_values: Tensor, select_layer: int | Sequence[int
         ValueError: the layer does not exist.
     """
     body, depths = _parts(tower, select_layer)
-    grid = _grid(pixel_values, body)
-    embedded = body.embeddings(pixel_values)
-    has_class = embedded.shape[1] == math.prod(grid) + 1
-    return _tower_output(body.encoder.layers, _pre_norm(body, embedded), depths, has_class, grid, pixel_values)
+    hidden = _pre_norm(body, body.embeddings(pixel_values))
+    return tower_output(
+        tower, select_layer, pixel_values, *_run_blocks(body.encoder.layers, hidden, depths, watch=True)
+    )
+
+
+def tower_output(
+    tower: Any,
+    select_layer: int | Sequence[int],
+    pixel_values: Tensor,
+    states: Mapping[int, Tensor] | Sequence[Tensor],
+    seen: Mapping[str, Tensor] | None = None,
+) -> TowerOutput:
+    """Return what a vision reducer gets of a tower that has run.
+
+    Args:
+        tower: as for ``run_tower``.
+        select_layer: as for ``encode_vision``.
+        pixel_values: [B, 3, height, width].
+        states: [B, M, D] each, by the number of blocks that have run: 0, those that ``select_layer`` names, and the
+            input of the last block among them.
+        seen: what ``duet.signals.watched`` saw of that block.
+    """
+    body, depths = _parts(tower, select_layer)
+    blocks, grid = body.encoder.layers, _grid(pixel_values, body)
+    has_class = states[0].shape[1] == math.prod(grid) + 1
+    ranked = _ranked(depths)
+    return TowerOutput(
+        features=_features(states, depths),
+        signals=block_signals(blocks[ranked], states[ranked], has_class, seen),
+        class_token=has_class,
+        grid=grid,
+        pixels=pixel_values,
+        next_block=blocks[depths[0]] if len(depths) == 1 and depths[0] < len(blocks) else None,
+        first=(blocks[0], states[0]),
+    )
 
 
 def _parts(tower: Any, select_layer: int | Sequence[int]) -> tuple[Any, list[int]]:
@@ -116,40 +150,31 @@ def _pre_norm(body: Any, embedded: Tensor) -> Tensor:
     return body.pre_layrnorm(embedded) if hasattr(body, "pre_layrnorm") else embedded
 
 
-def _tower_output(
-    blocks: Any,
-    hidden: Tensor,
-    depths: list[int],
-    has_class: bool,
-    grid: tuple[int, int],
-    pixels: Tensor,
-    ranks: bool = True,
-) -> TowerOutput:
-    states, block_input, seen = _run_blocks(blocks, hidden, depths, ranks)
-    features = states[depths[0]] if len(depths) == 1 else torch.cat([states[d] for d in depths], dim=-1)
-    signals = block_signals(blocks[max(depths[-1] - 1, 0)], block_input, has_class, seen)
-    following = blocks[depths[-1]] if len(depths) == 1 and depths[-1] < len(blocks) else None
-    return TowerOutput(features, signals, has_class, grid, pixels, following, first=(blocks[0], hidden))
+def _ranked(depths: list[int]) -> int:
+    """Return the index of the block whose attention ranks: the one that makes the last of the features."""
+    return max(depths[-1] - 1, 0)
+
+
+def _features(states: Mapping[int, Tensor] | Sequence[Tensor], depths: list[int]) -> Tensor:
+    return states[depths[0]] if len(depths) == 1 else torch.cat([states[depth] for depth in depths], dim=-1)
 
 
 def _run_blocks(
-    blocks: Any, hidden: Tensor, depths: list[int], ranks: bool
-) -> tuple[dict[int, Tensor], Tensor, dict[str, Tensor]]:
-    """Return the states after the wanted depths, and the input, queries and keys of the last wanted block.
+    blocks: Any, hidden: Tensor, depths: list[int], watch: bool
+) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+    """Return the states that ``tower_output`` needs, and what the ranked block projects, if it is to be watched.
 
     Only what is asked for is kept: every other state may be freed while the tower runs.
     """
-    states, block_input, seen = {0: hidden}, hidden, {}
+    ranked = _ranked(depths)
+    states, seen = {0: hidden}, {}
     for index in range(max(depths)):
-        ranked = index == depths[-1] - 1
-        if ranked:
-            block_input = hidden
-        with watched(blocks[index], ranked and ranks) as found:
+        with watched(blocks[index], watch and index == ranked) as found:
             hidden = _tensor(blocks[index](hidden, None))
         seen |= found
-        if index + 1 in depths:
+        if index + 1 in (ranked, *depths):
             states[index + 1] = hidden
-    return states, block_input, seen
+    return states, seen
 
 
 def _depth(index: int, blocks: int) -> int:

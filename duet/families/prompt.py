@@ -130,24 +130,21 @@ def look(marks: Sequence[Tensor], attention_mask: Tensor | None) -> tuple[list[l
     Raises:
         ValueError: the mask hides placeholders.
     """
-    batch, length = marks[0].shape
     sums = [mark.sum(1) for mark in marks]
     if attention_mask is not None and attention_mask.shape != marks[0].shape:
         return torch.stack(sums).tolist(), None
-    if attention_mask is not None:
-        valid = attention_mask.bool()
-        hidden = (torch.stack(list(marks)).any(0) & ~valid).sum(1)
-        sums += [valid.sum(1), valid[:, 0].long(), valid[:, -1].long(), hidden]
-    found = torch.stack(sums).tolist()
+    valid = None if attention_mask is None else attention_mask.bool()
+    any_mark = torch.stack(list(marks)).any(0)
+    hidden = (torch.zeros_like(any_mark) if valid is None else any_mark & ~valid).sum(1)
+    unseen, *found = torch.stack([hidden, *sums, *Counts.sums(valid)]).tolist()
     by_kind, rest = found[: len(marks)], found[len(marks) :]
-    tokens, starts, ends, unseen = rest or ([length] * batch, [1], [1], [0])
     if any(unseen):
         raise ValueError(
             f"attention_mask is 0 at {_listed(unseen)} image or video placeholder tokens of the samples; every "
             "placeholder is filled with a visual token, so the mask must be 1 there"
         )
     visual = [sum(counts) for counts in zip(*by_kind, strict=True)]
-    return by_kind, Counts(tokens, visual, left_padded=not all(starts) and all(ends))
+    return by_kind, Counts.of(visual, rest, any_mark.shape[1])
 
 
 def owners(counts: Sequence[int], pictures: Pictures) -> list[int]:
@@ -187,17 +184,20 @@ def first_places(marks: Tensor, pictures: Pictures) -> list[int]:
     return marks.flatten().nonzero()[:, 0].cpu()[starts].tolist()
 
 
-def shrunk_counts(before: Counts | None, kinds: Sequence[tuple[Pictures, list[int], Encoded]]) -> Counts | None:
+def shrunk_counts(
+    before: Counts | None, kinds: Sequence[tuple[Pictures, Tensor, Encoded]], owners: Sequence[list[int]]
+) -> Counts | None:
     """Return the numbers of a batch after its placeholders have shrunk, by arithmetic; None where they are not known.
 
     Args:
         before: as ``look`` found them.
-        kinds: per kind of picture: what was expected, the sample that each belongs to, and its tokens.
+        kinds: as for ``insert``.
+        owners: of each kind, the sample that each picture belongs to.
     """
     if before is None:
         return None
     tokens, visual = list(before.tokens), list(before.visual)
-    for pictures, rows, encoded in kinds:
+    for (pictures, _, encoded), rows in zip(kinds, owners, strict=True):
         for row, expected, count in zip(rows, pictures.expected, encoded.counts, strict=True):
             tokens[row] += count - expected
             visual[row] += count - expected

@@ -202,8 +202,7 @@ def _read_pictures(
     for (pictures, marks), owner in zip(found, rows, strict=True):
         asked_of = None if question is None else question.select(torch.tensor(owner))
         kinds.append((pictures, marks, pictures.encode(asked_of)))
-    seen = [(pictures, owner, encoded) for (pictures, _, encoded), owner in zip(kinds, rows, strict=True)]
-    prompt = replace(prompt, counts=shrunk_counts(counts, seen))
+    prompt = replace(prompt, counts=shrunk_counts(counts, kinds, rows))
     if len(kinds) > 1 and tracing.is_active():
         places = [place for pictures, marks, _ in kinds for place in first_places(marks, pictures)]
         sizes = [count for _, _, encoded in kinds for count in encoded.counts]

@@ -15,8 +15,6 @@ from torch import Tensor
 
 BLOCK_ELEMENTS = 1 << 20  # scores held at once on a CPU (fp32: 4 MiB); more do not stay in its cache
 DEVICE_BLOCK_ELEMENTS = 1 << 23  # elsewhere; large enough to keep a GPU busy
-
-
 _FEWEST_ROWS = 64  # of a block; a product of fewer is slow, so a large batch is taken apart first
 
 

@@ -111,8 +111,15 @@ class TowerOutput:
 def block_signals(
     block: Any, hidden: Tensor, class_token: bool, seen: Mapping[str, Tensor] | None = None
 ) -> TowerSignals:
-    """Return the signals of a tower block from its input [B, M, D], and from what ``watched`` saw of it."""
-    return TowerSignals(block.layer_norm1(hidden), block.self_attn, class_token, seen)
+    """Return the signals of a tower block from what ``watched`` saw of it, or else from its input [B, M, D].
+
+    They are detached, since nothing learns to rank.
+    """
+    projected = dict(seen or {})
+    normed = projected.pop("input", None)
+    return TowerSignals(
+        block.layer_norm1(hidden) if normed is None else normed, block.self_attn, class_token, projected
+    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, set_seed
 
+from duet.attach import base_model
 from llava import conversation as conversation_lib
 from llava.mm_utils import read_pinpoints
 from llava.model.anyres import MERGE_TYPES, Tiling, TokenCounter
@@ -99,7 +100,7 @@ def set_up_tokenizer(args: RunArguments, model: Any) -> Any:
 def set_up_vision(args: RunArguments, model: Any, tokenizer: Any) -> None:
     """Build tower and projector, and write what belongs to them into the config and the data flags."""
     model_args, data, training = args.model, args.data, args.training
-    inner = getattr(model, "get_base_model", lambda: model)()
+    inner = base_model(model)
     before = getattr(inner.config, "image_aspect_ratio", None)
     if before is not None and before != data.image_aspect_ratio and "anyres" in (before, data.image_aspect_ratio):
         logger.warning(
@@ -289,7 +290,7 @@ def set_up_feature_cache(args: RunArguments, model: Any) -> None:
     """
     if args.data.image_aspect_ratio == "anyres":
         raise ValueError("--feature_cache keeps whole pictures; it does not work with --image_aspect_ratio anyres")
-    inner = getattr(model, "get_base_model", lambda: model)()
+    inner = base_model(model)
     inner.get_vision_tower().keep_features(args.training.feature_cache, inner.reduction)
 
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, set_seed
 
 import duet
 from duet import DuetConfig
+from duet.attach import base_model
 from duet.families import FAMILIES
 from duet.families.reduced import HostFamily
 from llava.model.language_model.causal_lm import clean_generation_config
@@ -153,7 +154,7 @@ def prepare_for_zero3(model: Any, training: Any, model_type: str) -> None:
     """
     from deepspeed.runtime.zero import register_external_parameter
 
-    body = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body = base_model(model)
     decoder = FAMILIES.get(model_type).decoder(body)  # type: ignore[attr-defined]
     own = {id(parameter) for part in (decoder, body.get_output_embeddings()) for parameter in part.parameters()}
     _mark_frozen_leaves(body, own)

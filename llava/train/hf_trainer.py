@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from duet.attach import base_model
 from duet.families import FAMILIES
 from llava.model.checkpoints import gathered
 from llava.train import checkpoints
@@ -24,9 +25,9 @@ class HfTrainer(LLaVATrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        host: Any = self.model
-        host = host.get_base_model() if hasattr(host, "get_base_model") else host
-        self._further = {"use_cache": False, **({"skip_logits": True} if hasattr(host, "_duet") else {})}
+        self._further = {"use_cache": False}
+        if hasattr(base_model(self.model), "_duet"):  # type: ignore[arg-type]
+            self._further["skip_logits"] = True
         self._watch_vision()
 
     def _watch_vision(self) -> None:

@@ -187,11 +187,11 @@ def test_ties_go_to_the_lower_index(values, count):
 
 @torch.no_grad()
 @pytest.mark.parametrize("stage1", ["local_cluster", "visionzip", "fastervlm"])
-def test_the_ranked_block_projects_queries_and_keys_once(stage1):
+def test_the_ranked_block_norms_and_projects_once(stage1):
     tower = small.build().model.vision_tower
     config = DuetConfig(stage1=stage1, dominant=9, contextual=0 if stage1 == "fastervlm" else 3, schedule={})
     used = getattr(tower, "vision_model", tower).encoder.layers[:-1]
-    modules = [getattr(block.self_attn, name) for block in used for name in ("q_proj", "k_proj")]
+    modules = [part for block in used for part in (block.layer_norm1, block.self_attn.q_proj, block.self_attn.k_proj)]
     calls = []
     hooks = [module.register_forward_hook(lambda module, *_: calls.append(module)) for module in modules]
     kept = encode_vision(tower, small.pixels(2), config=config)
