@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -73,6 +75,38 @@ def remove_shared_buffers(port: int | str, folder: Path = Path("/dev/shm")) -> l
     for path in found:
         path.unlink(missing_ok=True)
     return found
+
+
+def leave(code: int = 0) -> None:
+    """End a process whose run is over; one of several ranks does not pass through the interpreter's own end.
+
+    gloo's threads hold a collective's tensors a moment longer than the caller waits for it, and DeepSpeed keeps the
+    groups, and so those threads, alive. A thread that lets go of a tensor while the interpreter is being taken down
+    aborts the process (https://github.com/pytorch/pytorch/pull/179291), and the launcher then fails the whole job,
+    after everything was saved. So a rank closes what is open and ends at once.
+
+    Args:
+        code: the process's exit status.
+
+    Raises:
+        SystemExit: one of several ranks, or a status other than 0.
+    """
+    if launched_world_size() > 1:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        atexit.register(_end, code)
+    elif not code:
+        return
+    sys.exit(code)
+
+
+def _end(code: int) -> None:
+    """End the process after everything else that waits for its exit."""
+    atexit.unregister(_end)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def require_deepspeed() -> None:

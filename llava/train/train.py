@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,8 +82,7 @@ def train(attn_implementation: str | None = None) -> None:
     set_up_logging()
     stop = StopSignal().install()
     args = parse_arguments()
-    if run(args, attn_implementation, stop):
-        sys.exit(EXIT_STOPPED)
+    runtime.leave(EXIT_STOPPED if run(args, attn_implementation, stop) else 0)
 
 
 def set_up_logging() -> None:

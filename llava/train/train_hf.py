@@ -9,7 +9,6 @@ under python, torchrun or deepspeed; `scripts/finetune_duet_hf.sh` and `scripts/
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     set_up_logging()
     stop = StopSignal().install()
-    if run(parse_hf_arguments(argv), stop):
-        sys.exit(EXIT_STOPPED)
+    runtime.leave(EXIT_STOPPED if run(parse_hf_arguments(argv), stop) else 0)
 
 
 def run(args: Any, stop: StopSignal | None = None) -> bool:

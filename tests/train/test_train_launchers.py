@@ -88,6 +88,29 @@ def test_zero3_in_bf16(train, flags, tmp_path, lora):
     assert all(two[step] == pytest.approx(one[step], rel=0.05) for step in one)
 
 
+@pytest.mark.parametrize(("ranks", "finalized"), [("1", True), ("2", False)])
+def test_a_rank_ends_before_the_interpreter_is_taken_down(ranks, finalized):
+    """A thread of gloo that still holds a tensor then aborts the rank; what waits for the exit runs all the same."""
+    script = """
+import atexit, threading, time
+from llava.train import runtime
+
+class Held:
+    def __del__(self):
+        print("taken down", flush=True)
+
+held = Held()
+atexit.register(print, "closed")
+threading.Thread(target=lambda: (time.sleep(0.5), print("written"))).start()
+runtime.leave(143)
+"""
+    env = train_world.environment(WORLD_SIZE=ranks)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 143, done.stderr
+    assert done.stdout.split("\n")[:2] == ["written", "closed"]
+    assert ("taken down" in done.stdout) == finalized
+
+
 def test_torchrun_without_deepspeed_equals_one_rank(train, flags, tmp_path):
     shared = {"max_steps": 3, "save_strategy": "no", "captions": True}
     code, output = finish(start_ranks(flags("ddp", **shared), launcher="torchrun"))
