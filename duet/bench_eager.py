@@ -67,12 +67,13 @@ class MapTowerSignals(TowerSignals):
         first = int(self.class_token)
         return self._ordered(self._map[:, :, first:].float().mean(dim=(1, 2))[:, first:])
 
-    def rows(self, patch_BR: Tensor) -> Tensor:
-        """Return rows of the map, averaged over heads. Shapes: [B, R] -> [B, R, N]."""
+    def rows(self, patch_BR: Tensor, multiple: int = 1) -> Iterator[Tensor]:
+        """Yield rows of the map, averaged over heads, all at once. Shapes: [B, R] -> [B, R, N]."""
+        del multiple
         first = int(self.class_token)
         index = (patch_BR if self._place is None else self._place[patch_BR]) + first
         index = index[:, None, :, None].expand(-1, self._map.shape[1], -1, self._map.shape[-1])
-        return self._ordered(self._map.gather(2, index).float().mean(1)[..., first:])
+        yield self._ordered(self._map.gather(2, index).float().mean(1)[..., first:])
 
     def joint_class_row(self) -> Tensor:
         """Return what the usual signals say. Shapes: [B, N]."""

@@ -31,15 +31,16 @@ def _first(x_BMD: Tensor) -> Tensor:
     return x_BMD[:, :1]
 
 
-def attention_rows(query_BHRd: Tensor, key_BHMd: Tensor) -> Tensor:
-    """Return the attention of chosen queries to all keys, averaged over heads, in blocks of queries.
+def attention_rows(query_BHRd: Tensor, key_BHMd: Tensor, multiple: int = 1) -> Iterator[Tensor]:
+    """Yield the attention of chosen queries to all keys, averaged over heads, in blocks of queries.
 
-    Shapes: scaled queries [B, H, R, d] in fp32, keys [B, H, M, d]; returns [B, R, M].
+    Shapes: scaled queries [B, H, R, d] in fp32, keys [B, H, M, d]; yields [B, r, M], where ``multiple`` divides r.
     """
     keys = key_BHMd.float().transpose(-1, -2)
     batch, heads, rows, _ = query_BHRd.shape
     size = reference.block_rows(batch, heads, keys.shape[-1], rows, keys.device)
-    return torch.cat([(block @ keys).softmax(-1).mean(1) for block in query_BHRd.split(size, dim=2)], dim=1)
+    for block in query_BHRd.split(max(1, size // multiple) * multiple, dim=2):
+        yield (block @ keys).softmax(-1).mean(1)
 
 
 def _keep(seen: dict[str, Tensor], name: str, module: nn.Module, given: Any, out: Tensor) -> None:
@@ -133,13 +134,16 @@ class TowerSignals:
         queries = self._split(self._projected("q_proj", lambda x: x[:, self._first_patch :]))
         return kernels.column_mass(queries, self._keys, self._attention.scale)[:, self._first_patch :]
 
-    def rows(self, patch_BR: Tensor) -> Tensor:
-        """Return the attention rows of chosen patches over all patches, averaged over heads.
+    def rows(self, patch_BR: Tensor, multiple: int = 1) -> Iterator[Tensor]:
+        """Yield the attention rows of chosen patches over all patches, averaged over heads, in blocks of rows.
 
-        Shapes: patch indices [B, R]; returns [B, R, N]. Source: Algorithm 1 line 6.
+        However many blocks there are, the block's projections run once: ranks of a ZeRO-3 job stay in step.
+        Shapes: patch indices [B, R]; yields [B, r, N], where ``multiple`` divides r. Source: Algorithm 1 line 6.
         """
         index = (patch_BR + self._first_patch).unsqueeze(-1).expand(-1, -1, self._hidden.shape[-1])
-        return attention_rows(self._queries(lambda x: x.gather(1, index)), self._keys)[..., self._first_patch :]
+        queries = self._queries(lambda x: x.gather(1, index))
+        for block in attention_rows(queries, self._keys, multiple):
+            yield block[..., self._first_patch :]
 
     def joint_class_row(self) -> Tensor:
         """Return the class token's attention to the patches with all heads taken as one. Shapes: [B, N].

@@ -6,7 +6,7 @@ of a unit, R rows, K kept, H heads, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -90,13 +90,15 @@ class UnitSignals:
         """Return the attention that a patch of each unit receives from all patches of the pass. Shapes: [T, U]."""
         return self._view.pool(self._signals.column_mass(), -1)
 
-    def rows(self, unit_TR: Tensor) -> Tensor:
-        """Return the attention rows of chosen units over all units, averaged over heads. Shapes: [T, R, U]."""
-        view, device = self._view, unit_TR.device
-        rows = self._signals.rows(view.units.to(device)[unit_TR].flatten(1)).unflatten(1, (unit_TR.shape[1], -1))
-        if view.weights is not None:
-            rows = rows * view.weights.to(rows)[unit_TR].unsqueeze(-1)
-        return view.pool(rows.sum(2), -1)
+    def rows(self, unit_TR: Tensor) -> Iterator[Tensor]:
+        """Yield the attention rows of chosen units over all units, averaged over heads. Shapes: [T, r, U] each."""
+        view, width, first = self._view, self._view.units.shape[1], 0
+        for rows in self._signals.rows(view.units.to(unit_TR.device)[unit_TR].flatten(1), width):
+            rows = rows.unflatten(1, (-1, width))
+            if view.weights is not None:
+                rows = rows * view.weights.to(rows)[unit_TR[:, first : first + rows.shape[1]]].unsqueeze(-1)
+            first += rows.shape[1]
+            yield view.pool(rows.sum(2), -1)
 
     def joint_class_row(self) -> Tensor:
         """Return the class token's attention with all heads taken as one. Shapes: [T, U]."""

@@ -138,14 +138,14 @@ class PackedSignals(TowerSignals):
         """
         return kernels.column_mass(*self._rotated, scale=1.0)
 
-    def rows(self, patch_BR: Tensor) -> Tensor:
-        """Return the attention rows of chosen patches, averaged over heads. Shapes: [F, R] -> [F, R, P].
+    def rows(self, patch_BR: Tensor, multiple: int = 1) -> Iterator[Tensor]:
+        """Yield the attention rows of chosen patches, averaged over heads. Shapes: [F, R] -> [F, r, P] each.
 
         Source: Algorithm 1 line 6.
         """
         queries, keys = self._rotated
         index = patch_BR[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[-1])
-        return attention_rows(queries.gather(2, index), keys)
+        yield from attention_rows(queries.gather(2, index), keys, multiple)
 
     def key_metric(self) -> Tensor:
         """Return the keys averaged over heads. Shapes: [F, P, d]."""

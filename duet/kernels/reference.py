@@ -15,7 +15,7 @@ from torch import Tensor
 
 BLOCK_ELEMENTS = 1 << 20  # scores held at once on a CPU (fp32: 4 MiB); more do not stay in its cache
 DEVICE_BLOCK_ELEMENTS = 1 << 23  # elsewhere; large enough to keep a GPU busy
-_FEWEST_ROWS = 64  # of a block; a product of fewer is slow, so a large batch is taken apart first
+_FEWEST_ROWS = 128  # of a block; a product of fewer is slow, so images, then heads, are taken apart first
 
 
 def _at_once(device: torch.device) -> int:
@@ -32,19 +32,25 @@ def column_mass(
 ) -> Tensor:
     """See ``duet.kernels.column_mass``."""
     batch, heads, rows, _ = query_BHRd.shape
-    images = max(1, _at_once(key_BHMd.device) // (heads * max(1, key_BHMd.shape[2]) * _FEWEST_ROWS))
+    maps = max(1, _at_once(key_BHMd.device) // (max(1, key_BHMd.shape[2]) * _FEWEST_ROWS))
+    images = max(1, maps // heads)
     if batch > images:
         masks = [None] * -(-batch // images) if valid_BM is None else valid_BM.split(images)
         parts = zip(query_BHRd.split(images), key_BHMd.split(images), masks, strict=True)
         return torch.cat([column_mass(query, key, scale, bounds, valid) for query, key, valid in parts])
+    if heads > maps:
+        means = zip(query_BHRd.split(maps, 1), key_BHMd.split(maps, 1), strict=True)
+        each = [column_mass(query, key, scale, bounds, valid_BM) * (query.shape[1] / heads) for query, key in means]
+        return torch.stack(each).sum(0)
     keys = key_BHMd.float().transpose(-1, -2).contiguous()  # else every block's product copies them
     mass = keys.new_zeros(batch, keys.shape[-1])
     spans = windows(bounds, rows, query_BHRd.device)
     size = block_rows(batch, heads, keys.shape[-1], rows, keys.device)
+    held = keys.new_empty(batch, heads, size, keys.shape[-1])  # one for all blocks: fresh memory costs page faults
     for first, block in zip(range(0, rows, size), query_BHRd.split(size, dim=2), strict=True):
-        scores = (block.float() * scale) @ keys
+        scores = torch.matmul(block.float() * scale, keys, out=held if block.shape[2] == size else None)
         if spans is None and valid_BM is None:
-            mass += scores.softmax(-1).sum(dim=(1, 2))
+            mass += torch.softmax(scores, -1, out=scores).sum(dim=(1, 2))
             continue
         allowed, counted = _seen(spans, valid_BM, first, block.shape[2], keys)
         scores = scores.masked_fill(~allowed.unsqueeze(1), torch.finfo(scores.dtype).min)

@@ -94,10 +94,13 @@ def _merged(patches: Tensor, members_BCW: Tensor, config: DuetConfig) -> Tensor:
 
 def _attended_neighbours(tower: TowerOutput, dominant: Tensor, centroids: Tensor, width: int) -> Tensor:
     """Return the ``width`` residual patches that each centroid attends to most, itself first. Shapes: [B, C, w]."""
-    rows = tower.signals.rows(centroids)
-    taken = torch.zeros_like(rows[:, 0], dtype=torch.bool).scatter(1, dominant, True)
-    rows = rows.masked_fill_(taken.unsqueeze(1), -1.0).scatter_(2, centroids.unsqueeze(-1), 2.0)
-    return top_indices(rows, width)
+    taken = torch.zeros(tower.patches.shape[:2], dtype=torch.bool, device=dominant.device).scatter(1, dominant, True)
+    members, first = [], 0
+    for rows in tower.signals.rows(centroids):
+        own = centroids[:, first : first + rows.shape[1], None]
+        members.append(top_indices(rows.masked_fill_(taken.unsqueeze(1), -1.0).scatter_(2, own, 2.0), width))
+        first += rows.shape[1]
+    return torch.cat(members, dim=1)
 
 
 def released_clusters(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
