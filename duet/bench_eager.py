@@ -33,7 +33,7 @@ from duet.families.llava import LlavaFamily
 from duet.families.passes import UnitSignals, View
 from duet.families.prompt import Encoded, Pictures
 from duet.families.qwen2_5_vl import Qwen25VLFamily
-from duet.signals import DecoderSignals, TowerSignals, rotate
+from duet.signals import DecoderSignals, TowerSignals, rotate, spread
 from duet.stage1 import VISION_REDUCERS, TowerOutput, in_raster_order, runs_tower_itself
 from duet.stage2 import LANGUAGE_REDUCERS, Decision, Stage
 from duet.vision import encode_vision, tower_output
@@ -62,10 +62,14 @@ class MapTowerSignals(TowerSignals):
         """Return the class token's row of the map, per head. Shapes: [B, H, N]."""
         return self._map[:, :, 0, 1:].float()
 
-    def column_mass(self) -> Tensor:
-        """Return the mean over heads and patches of the map's columns. Shapes: [B, N]."""
+    def column_mass(self, readers: int = 0) -> Tensor:
+        """Return the mean over heads and all patches, or so many, of the map's columns. Shapes: [B, N]."""
         first = int(self.class_token)
-        return self._ordered(self._map[:, :, first:].float().mean(dim=(1, 2))[:, first:])
+        asked = self._map[:, :, first:]
+        if readers:
+            places = spread(readers, asked.shape[2], asked.device)
+            asked = asked[:, :, places if self._place is None else self._place[places]]
+        return self._ordered(asked.float().mean(dim=(1, 2))[:, first:])
 
     def rows(self, patch_BR: Tensor, multiple: int = 1) -> Iterator[Tensor]:
         """Yield rows of the map, averaged over heads, all at once. Shapes: [B, R] -> [B, R, N]."""

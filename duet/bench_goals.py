@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from duet.bench_run import EAGER, paired_ratio
-from duet.bench_stage1 import PASSES, growth
+from duet.bench_stage1 import SEQUENCE, growth
 
 GOAL_DECODER = 0.92  # of the speed-up that the FLOPs predict for the decoder's prefill
 GOAL_LANGUAGE = 0.85  # the same for the language part, backward included
@@ -85,7 +85,7 @@ def judge_growth(points: Sequence[Any]) -> list[str]:
     lines = []
     for series, powers in growth(points).items():
         for what, power in zip(("time", "memory"), powers, strict=True):
-            linear = "1 is linear" if series == PASSES or what == "memory" else "every patch is ranked by every other"
+            linear = "1 is linear" if series != SEQUENCE or what == "memory" else "every patch is ranked by every other"
             text = f"{what} grows with the tokens to the power of {power:.2f}"
             lines.append(goal(power <= GOAL_GROWTH, f"stage 1, {series}", text, f"{GOAL_GROWTH} at most; {linear}"))
     return lines

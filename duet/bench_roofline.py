@@ -73,9 +73,10 @@ def decode_layer(shape: DecoderShape, batch: int, held: int) -> list[Work]:
     ]
 
 
-def column_mass(batch: int, patches: int, width: int) -> list[Work]:
+def column_mass(batch: int, patches: int, width: int, readers: int = 0) -> list[Work]:
     """Return the work of stage 1's ranking: every score once, from queries and keys that the tower has made."""
-    return [Work(2 * batch * patches * patches * width, batch * patches * (2 * width + 1))]
+    readers = min(readers or patches, patches)
+    return [Work(2 * batch * readers * patches * width, batch * (readers * width + patches * (width + 1)))]
 
 
 def text_rows(shape: DecoderShape, batch: int, tokens: int) -> list[Work]:
@@ -166,9 +167,10 @@ def sections(
     by_rows = config.stage2 == "text_guided"
     stages = [counts[layer - 1] for layer, ratio in config.for_depth(shape.layers).schedule.items() if ratio > 0]
     clustered = config.stage1 == "local_cluster" and config.variant == "paper"
+    readers = config.option("readers") if clustered else 0
     return {
         "tower": shape.tower_work(batch, untouched),
-        "stage1": column_mass(batch, shape.tower_patches, shape.tower_width) if clustered else [],
+        "stage1": column_mass(batch, shape.tower_patches, shape.tower_width, readers) if clustered else [],
         "projector": shape.projector_work(batch, config.entering_tokens(shape.patches)),
         "decoder": [work for n in counts for work in decoder_layer(decoder, batch, n, causal)],
         "stage2": [work for n in stages for work in text_rows(decoder, batch, n)] if by_rows else [],

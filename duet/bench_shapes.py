@@ -309,6 +309,10 @@ SHAPES: dict[str, Any] = {
     "Qwen2.5-VL-7B": QwenShape("Qwen2.5-VL-7B", 1280, 16, 32, 3420, (7, 15, 23, 31), 2, 3584, 28, 4, 28, 18944, 152064),
     # One patch is one visual token, so that eager maps of 16,384 tokens fit into a common machine's memory.
     "qwen-long": QwenShape("qwen-long", 128, 2, 8, 344, (3, 7), 1, 128, 2, 1, 8, 344, 1024, tokens=4096),
+    # Every block of the towers of Qwen2-VL and Qwen3-VL sees the whole picture.
+    "qwen-long-full": QwenShape(
+        "qwen-long-full", 128, 2, 8, 344, (*range(8),), 1, 128, 2, 1, 8, 344, 1024, tokens=4096
+    ),
     "qwen-quick": QwenShape("qwen-quick", 64, 2, 4, 96, (1, 3), 2, 64, 2, 1, 8, 96, 512, tokens=144, window=56),
 }
 

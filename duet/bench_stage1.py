@@ -1,8 +1,9 @@
 """How the time and memory of stage 1 grow with the number of visual tokens (``duet.bench --stage1_tokens``).
 
-Two series, because a picture comes to a tower in one of two ways: as one sequence in which every patch sees all others
-(Qwen's full-attention blocks), or as passes of 576 patches (tiles of LLaVA-NeXT, frames of a video), each ranked by
-itself. What is kept is the same at every size, so that the growth is that of the ranking.
+A picture comes to a tower in one of two ways: as one sequence in which every patch sees all others (Qwen's
+full-attention blocks), or as passes of 576 patches (tiles of LLaVA-NeXT, frames of a video), each ranked by itself. A
+sequence is ranked by all of its patches, or (``readers``) by 576 of them. What is kept is the same at every size, so
+that the growth is that of the ranking.
 
 Shapes: B passes, N patches of a pass, D width.
 """
@@ -27,6 +28,7 @@ from duet.signals import TowerSignals
 from duet.stage1 import VISION_REDUCERS, TowerOutput
 
 SEQUENCE, PASSES = "one sequence", f"passes of {PATCHES}"
+FEW_READERS = f"one sequence, {PATCHES} readers"
 
 
 @dataclass
@@ -57,7 +59,7 @@ class _Attention(nn.Module):
 def run_stage1(
     shape: Any, sizes: Sequence[int], rounds: int, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
 ) -> list[Point]:
-    """Measure DUET's stage 1 at several numbers of visual tokens, all sizes and both series interleaved.
+    """Measure DUET's stage 1 at several numbers of visual tokens, all sizes and series interleaved.
 
     Args:
         shape: whose tower's width and heads to take.
@@ -67,14 +69,14 @@ def run_stage1(
         say: where progress goes.
     """
     attention = _Attention(shape.tower_width, shape.tower_heads).to(device, dtype)
-    config = DuetConfig(dominant=300, contextual=7)
-    method: Any = VISION_REDUCERS.get(config.stage1)
-    reducer = partial(method, config=config)
     work: list[tuple[Point, Callable[[], object]]] = []
-    for series in (SEQUENCE, PASSES):
+    for series in (SEQUENCE, FEW_READERS, PASSES):
+        config = DuetConfig(dominant=300, contextual=7, options={"readers": PATCHES} if series == FEW_READERS else {})
+        method: Any = VISION_REDUCERS.get(config.stage1)
+        reducer = partial(method, config=config)
         for size in sizes:
-            passes = 1 if series == SEQUENCE else max(1, round(size / PATCHES))
-            patches = size if series == SEQUENCE else PATCHES
+            passes = max(1, round(size / PATCHES)) if series == PASSES else 1
+            patches = PATCHES if series == PASSES else size
             run = _run(reducer, attention, passes, patches, shape.tower_width)
             work.append((Point(series, passes * patches, peak_memory(run, device).tracked), run))
             say(f"stage 1, {series}, {passes * patches} tokens: memory")

@@ -11,6 +11,7 @@ width.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
@@ -29,6 +30,19 @@ def _all(x_BMD: Tensor) -> Tensor:
 
 def _first(x_BMD: Tensor) -> Tensor:
     return x_BMD[:, :1]
+
+
+def spread(count: int, size: int, device: torch.device) -> Tensor | slice:
+    """Return an index of ``count`` of ``size`` places, evenly spread and in no step with the rows of a grid.
+
+    It takes one of each of ``count`` equal parts (parts of less than two places may share one), or all places where
+    ``count`` is 0 or not below ``size``.
+    """
+    if not 0 < count < size:
+        return slice(None)
+    part = torch.arange(count, device=device, dtype=torch.float64)
+    inside = part * (math.sqrt(5) - 1) / 2 % 1  # multiples of the golden ratio leave no large gaps
+    return ((part + inside) * size / count).long()
 
 
 def attention_rows(query_BHRd: Tensor, key_BHMd: Tensor, multiple: int = 1) -> Iterator[Tensor]:
@@ -126,13 +140,18 @@ class TowerSignals:
         query = self._queries(_first)
         return (query @ self._keys.float().transpose(-1, -2)).softmax(-1)[:, :, 0, 1:]
 
-    def column_mass(self) -> Tensor:
+    def column_mass(self, readers: int = 0) -> Tensor:
         """Return the attention that each patch receives from all patches, averaged over heads and queries.
+
+        Args:
+            readers: how many patches to ask, spread evenly; 0, or more than there are, for all of them.
 
         Shapes: returns [B, N]. Source: DUET-VLM Algorithm 1 line 2 (a sum there; the ranking is the same).
         """
-        queries = self._split(self._projected("q_proj", lambda x: x[:, self._first_patch :]))
-        return kernels.column_mass(queries, self._keys, self._attention.scale)[:, self._first_patch :]
+        first = self._first_patch
+        places = spread(readers, self._hidden.shape[1] - first, self._hidden.device)
+        queries = self._split(self._projected("q_proj", lambda x: x[:, first:][:, places]))
+        return kernels.column_mass(queries, self._keys, self._attention.scale)[:, first:]
 
     def rows(self, patch_BR: Tensor, multiple: int = 1) -> Iterator[Tensor]:
         """Yield the attention rows of chosen patches over all patches, averaged over heads, in blocks of rows.

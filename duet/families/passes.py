@@ -86,9 +86,9 @@ class UnitSignals:
         """Return the class token's attention to a patch of each unit, per head. Shapes: [T, H, U]."""
         return self._view.pool(self._signals.class_row(), -1)
 
-    def column_mass(self) -> Tensor:
-        """Return the attention that a patch of each unit receives from all patches of the pass. Shapes: [T, U]."""
-        return self._view.pool(self._signals.column_mass(), -1)
+    def column_mass(self, readers: int = 0) -> Tensor:
+        """Return what a patch of each unit receives from all patches of the pass, or so many. Shapes: [T, U]."""
+        return self._view.pool(self._signals.column_mass(readers), -1)
 
     def rows(self, unit_TR: Tensor) -> Iterator[Tensor]:
         """Yield the attention rows of chosen units over all units, averaged over heads. Shapes: [T, r, U] each."""

@@ -23,7 +23,7 @@ from duet.config import DuetConfig
 from duet.families.passes import UnitSignals, View, plan, singles
 from duet.grids import pooled_grid
 from duet.over_time import merge_over_time
-from duet.signals import TowerSignals, attention_rows, rotate
+from duet.signals import TowerSignals, attention_rows, rotate, spread
 from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, in_raster_order, runs_tower_itself
 
 if TYPE_CHECKING:
@@ -131,12 +131,13 @@ class PackedSignals(TowerSignals):
             cos, sin = (table.to(self._device).float() for table in self._rotary)
             return rotate(queries, cos, sin) * self._attention.scaling, rotate(keys, cos, sin)
 
-    def column_mass(self) -> Tensor:
-        """Return the attention that each patch receives from all patches of its frame. Shapes: [F, P].
+    def column_mass(self, readers: int = 0) -> Tensor:
+        """Return the attention that each patch receives from all patches of its frame, or so many. Shapes: [F, P].
 
         Averaged over heads and queries. Source: DUET-VLM Algorithm 1 line 2.
         """
-        return kernels.column_mass(*self._rotated, scale=1.0)
+        queries, keys = self._rotated
+        return kernels.column_mass(queries[:, :, spread(readers, keys.shape[2], keys.device)], keys, scale=1.0)
 
     def rows(self, patch_BR: Tensor, multiple: int = 1) -> Iterator[Tensor]:
         """Yield the attention rows of chosen patches, averaged over heads. Shapes: [F, R] -> [F, r, P] each.

@@ -27,15 +27,20 @@ CHOICES = {
     "order": ("score", "raster"),
 }
 """What else could be chosen in Algorithm 1, the paper's choice first."""
+OPTIONS = {**CHOICES, "readers": 0}
 
 
 def _check(config: DuetConfig) -> None:
-    varied = sorted(set(config.options) & set(CHOICES))
+    varied = sorted(set(config.options) & set(OPTIONS))
     if config.variant == "release" and varied:
         raise ValueError(f"variant='release' has made its choices; leave out the option(s) {', '.join(varied)}")
+    if config.option("readers") < 0:
+        raise ValueError(f"readers must be 0 (all patches) or a number of patches, not {config.option('readers')}")
+    if config.option("readers") and config.option("score") != "column_mass":
+        raise ValueError(f"readers are asked for score='column_mass', not {config.option('score')!r}; leave one out")
 
 
-@VISION_REDUCERS.register("local_cluster", options=CHOICES, check=_check)
+@VISION_REDUCERS.register("local_cluster", options=OPTIONS, check=_check)
 def local_cluster(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
     """Keep the ``k1`` most attended patches and average ``k2`` local clusters of the rest.
 
@@ -59,11 +64,14 @@ def paper_clusters(tower: TowerOutput, config: DuetConfig) -> VisionReduction:
             centroid with the most similar key, so that clusters are disjoint and ``w`` is their mean size.
         merge: the mean of a cluster, or its centroid plus the mean of the others.
         order: contextual tokens behind the dominant ones, or all in raster order, at their centroids.
+        readers: how many patches' attention makes the column mass, spread evenly; 0 for all, whose scores take a time
+            that grows with the square of the patches.
     """
     patches = tower.patches
     dominant_count, contextual_count = int(config.dominant), int(config.contextual)
     by_mass = config.option("score") == "column_mass"
-    ranked = rank_descending(tower.signals.column_mass() if by_mass else class_attention(tower.signals))
+    signals = tower.signals
+    ranked = rank_descending(signals.column_mass(config.option("readers")) if by_mass else class_attention(signals))
     dominant = ranked[:, :dominant_count].sort(dim=1).values
     pool = ranked[:, dominant_count : dominant_count + config.cluster_width * contextual_count]
     strided = config.option("centroids") == "strided"

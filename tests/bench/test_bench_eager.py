@@ -19,6 +19,7 @@ CONFIGS = {
     "salient": DUET | {"queries": "salient", "salient_tokens": 3},
     "release": DUET | {"variant": "release"},
     "class row": DUET | {"options": {"score": "class_row"}},
+    "few readers": DUET | {"options": {"readers": 20}},
     "visionzip": {"stage1": "visionzip", "dominant": 40, "contextual": 6, "schedule": {}},
     "stage 1 alone": {"dominant": 40, "contextual": 6, "schedule": {}},
     "fastv": {"stage1": "none", "stage2": "fastv", "schedule": {2: 0.4}},
@@ -26,7 +27,7 @@ CONFIGS = {
     "sparsevlm": {"stage1": "none", "stage2": "sparsevlm", "schedule": {2: 0.4, 4: 0.2}},
     "tome": {"stage1": "tome", "dominant": 100, "contextual": 0, "schedule": {3: 0.5}},
 }
-ON_QWEN = ("duet", "all queries", "salient", "stage 1 alone", "fastv")
+ON_QWEN = ("duet", "all queries", "salient", "few readers", "stage 1 alone", "fastv")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from duet import bench, bench_goals, bench_plot, bench_report
 from duet.bench_memory import largest_batch
 from duet.bench_roofline import Machine, Work, calibrate, decode_layer, decoder_layer, flops, product
 from duet.bench_run import FULL, cache_bytes
-from duet.bench_stage1 import PASSES, SEQUENCE, Point, exponent, growth, run_stage1
+from duet.bench_stage1 import FEW_READERS, PASSES, SEQUENCE, Point, exponent, growth, run_stage1
 from duet.budget import DecoderShape
 
 CPU = torch.device("cpu")
@@ -105,10 +105,10 @@ def test_stage_1_alone_needs_memory_in_proportion_to_the_tokens():
     shape = bench.SHAPES["qwen-quick"]
     points = run_stage1(shape, [1152, 4608], 1, CPU, torch.float32, lambda line: None)
     assert [(point.series, point.tokens) for point in points] == [
-        (series, tokens) for series in (SEQUENCE, PASSES) for tokens in (1152, 4608)
+        (series, tokens) for series in (SEQUENCE, FEW_READERS, PASSES) for tokens in (1152, 4608)
     ]
     assert all(point.median > 0 for point in points)
-    for small, large in (points[:2], points[2:]):
+    for small, large in (points[:2], points[2:4], points[4:]):
         assert small.memory < large.memory < 6 * small.memory, "a map would grow 16 times"
 
 
@@ -146,7 +146,7 @@ def test_a_run_of_everything_writes_its_reports(tmp_path, capsys):
     duet = stored["cases"][0]["rows"][2]
     assert [name for name in duet["seconds"][0] if name.startswith("segment")] == ["segment1", "segment2", "segment3"]
     assert sum(duet["seconds"][0][f"segment{n}"] for n in (1, 2, 3)) == pytest.approx(duet["seconds"][0]["decoder"])
-    assert [point["tokens"] for point in stored["stage1"]] == [576, 1152] * 2
+    assert [point["tokens"] for point in stored["stage1"]] == [576, 1152] * 3
     (fitted,) = stored["equal_memory"]
     assert [fit["name"] for fit in fitted["fits"]] == ["full", "duet-48", "local_cluster-48"]
     room = fitted["fits"][0]["memory"]
@@ -156,7 +156,7 @@ def test_a_run_of_everything_writes_its_reports(tmp_path, capsys):
     for heading in ("possible", "decoder, segment by segment", "decode", "eager maps / configuration", "series"):
         assert f"| {heading} |" in printed
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "all_stage1.csv").read_text().count("\n") == 5
+    assert (tmp_path / "all_stage1.csv").read_text().count("\n") == 7
 
 
 @pytest.mark.parametrize(("fixed", "each", "wanted"), [(100, 10, 7), (100, 45, 2), (171, 1, 2), (0, 21, 8)])

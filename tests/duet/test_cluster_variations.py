@@ -8,6 +8,7 @@ from dense import model, parts
 
 import duet
 from duet import DuetConfig
+from duet.signals import spread
 from duet.stage1.local_cluster import CHOICES
 from duet.vision import encode_vision
 
@@ -110,3 +111,21 @@ def test_visionzips_anchors_as_means():
 def test_the_released_code_is_not_varied():
     with pytest.raises(ValueError, match=r"variant='release' has made its choices; leave out the option\(s\) merge"):
         DuetConfig(dominant=K1, contextual=K2, schedule={}, variant="release", options={"merge": "mean"})
+
+
+@torch.no_grad()
+def test_few_readers_rank(maps):
+    config = DuetConfig(dominant=K1, contextual=K2, cluster_width=W, schedule={}, options={"readers": 5})
+    got = encode_vision(model().model.vision_tower, parts()["pixels"], config=config)
+    mass = maps[:, spread(5, 36, maps.device)].sum(1)
+    assert [sorted(row[:K1]) for row in mass.argsort(1, descending=True).tolist()] == got.source[:, :K1].tolist()
+
+
+def test_readers_that_cannot_be_asked():
+    for options, said in (
+        ({"readers": -1}, r"readers must be 0 \(all patches\) or a number of patches, not -1"),
+        ({"readers": 9, "score": "class_row"}, "readers are asked for score='column_mass', not 'class_row'"),
+        ({"readers": 2.5}, "readers"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            DuetConfig(dominant=K1, contextual=K2, schedule={}, options=options)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duet import DuetConfig, signals, tokens
-from duet.signals import DecoderSignals, TowerSignals
+from duet.signals import DecoderSignals, TowerSignals, spread
 from duet.vision import encode_vision
 
 
@@ -33,6 +33,10 @@ def test_tower_signals_equal_slices_of_the_dense_map(class_token, block, monkeyp
     got, dense, first = TowerSignals(hidden, attention, class_token), attention.dense(hidden), int(class_token)
     patches = dense[:, :, first:, first:]
     assert torch.allclose(got.column_mass(), patches.mean((1, 2)), atol=1e-6)
+    places = spread(8, patches.shape[2], hidden.device)
+    assert len(set(places.tolist())) == 8
+    assert torch.allclose(got.column_mass(readers=8), patches[:, :, places].mean((1, 2)), atol=1e-6)
+    assert torch.equal(got.column_mass(readers=99), got.column_mass())
     index = torch.tensor([[3, 0, 7], [1, 2, 28]])
     wanted = torch.stack([patches.mean(1)[b, index[b]] for b in range(2)])
     assert torch.allclose(torch.cat(list(got.rows(index)), 1), wanted, atol=1e-6)
@@ -41,6 +45,15 @@ def test_tower_signals_equal_slices_of_the_dense_map(class_token, block, monkeyp
     else:
         with pytest.raises(ValueError, match="no class token"):
             got.class_row()
+
+
+@pytest.mark.parametrize(("count", "side"), [(24, 24), (64, 24), (48, 48), (256, 32)])
+def test_few_readers_come_from_all_rows_and_columns(count, side):
+    places = spread(count, side * side, torch.device("cpu"))
+    assert len(set(places.tolist())) == count and int(places.min()) >= 0 and int(places.max()) < side * side
+    for quarter in range(4):  # of the rows, and of the columns, which have their share roughly
+        assert int((places // side * 4 // side == quarter).sum()) == count // 4
+        assert int((places % side * 4 // side == quarter).sum()) > count // 8
 
 
 @pytest.mark.parametrize("block", [1 << 23, 9])
@@ -176,7 +189,8 @@ def test_a_budget_beyond_the_patches_of_an_image():
         encode_vision(small.build().model.vision_tower, small.pixels(1), select_layer=5)
 
 
-EDGES = st.sampled_from([0.0, -0.0, 1.0, -1.0, -2.0, float("inf"), float("-inf"), 1e-45, -1e-45, 3.4e38, -3.4e38])
+TINY, HUGE = 2.0**-149, 2.0**127  # the smallest fp32 above 0, and a large one
+EDGES = st.sampled_from([0.0, -0.0, 1.0, -1.0, -2.0, float("inf"), float("-inf"), TINY, -TINY, HUGE, -HUGE])
 
 
 @given(st.lists(EDGES | st.floats(width=32, allow_nan=False), min_size=1, max_size=60), st.integers(1, 60))
