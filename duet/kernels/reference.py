@@ -39,8 +39,8 @@ def column_mass(
         parts = zip(query_BHRd.split(images), key_BHMd.split(images), masks, strict=True)
         return torch.cat([column_mass(query, key, scale, bounds, valid) for query, key, valid in parts])
     if heads > maps:
-        means = zip(query_BHRd.split(maps, 1), key_BHMd.split(maps, 1), strict=True)
-        each = [column_mass(query, key, scale, bounds, valid_BM) * (query.shape[1] / heads) for query, key in means]
+        parts = zip(query_BHRd.split(maps, 1), key_BHMd.split(maps, 1), strict=True)
+        each = [column_mass(query, key, scale, bounds, valid_BM) * (query.shape[1] / heads) for query, key in parts]
         return torch.stack(each).sum(0)
     keys = key_BHMd.float().transpose(-1, -2).contiguous()  # else every block's product copies them
     mass = keys.new_zeros(batch, keys.shape[-1])
