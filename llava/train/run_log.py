@@ -43,7 +43,7 @@ def package_versions() -> dict[str, str]:
     for name in PACKAGES:
         if importlib.util.find_spec(name) is not None:
             versions[name] = importlib.metadata.version(name)
-    return versions
+    return versions | {"torch": torch.__version__}  # which says what it was built for, and a wheel's name may not
 
 
 def git_commit() -> str | None:

@@ -53,7 +53,7 @@ def test_the_run_describes_itself(train, tmp_path):
     train(max_steps=1, save_strategy="no")
     first = json.loads((tmp_path / "out" / "train_log.jsonl").read_text().splitlines()[0])
     assert first["kind"] == "run"
-    assert first["packages"]["torch"] == torch.__version__.split()[0]
+    assert first["packages"]["torch"] == torch.__version__
     assert first["git_commit"] == git_commit()
     assert first["arguments"]["reduction"]["dominant"] == 10
     assert first["arguments"]["training"]["learning_rate"] == 1e-3
