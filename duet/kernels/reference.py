@@ -53,8 +53,9 @@ def column_mass(
             mass += torch.softmax(scores, -1, out=scores).sum(dim=(1, 2))
             continue
         allowed, counted = _seen(spans, valid_BM, first, block.shape[2], keys)
-        scores = scores.masked_fill(~allowed.unsqueeze(1), torch.finfo(scores.dtype).min)
-        mass += (scores.softmax(-1) * (allowed & counted.unsqueeze(-1)).unsqueeze(1)).sum(dim=(1, 2))
+        scores.masked_fill_(~allowed.unsqueeze(1), torch.finfo(scores.dtype).min)
+        shares = torch.softmax(scores, -1, out=scores).mul_((allowed & counted.unsqueeze(-1)).unsqueeze(1))
+        mass += shares.sum(dim=(1, 2))
     return mass / (heads * readers(spans, valid_BM, rows))
 
 

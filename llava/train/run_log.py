@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 LOG_FILE = "train_log.jsonl"
 PACKAGES = (
-    "torch",
     "transformers",
     "accelerate",
     "deepspeed",
@@ -39,11 +38,12 @@ PACKAGES = (
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide results; absent ones are left out."""
-    versions = {"python": platform.python_version()}
+    # torch's own version says what it was built for; its wheel's may not.
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in PACKAGES:
         if importlib.util.find_spec(name) is not None:
             versions[name] = importlib.metadata.version(name)
-    return versions | {"torch": torch.__version__}  # which says what it was built for, and a wheel's name may not
+    return versions
 
 
 def git_commit() -> str | None:
