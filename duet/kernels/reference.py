@@ -45,7 +45,8 @@ def column_mass(
     keys = key_BHMd.float().transpose(-1, -2).contiguous()  # else every block's product copies them
     mass = keys.new_zeros(batch, keys.shape[-1])
     spans = windows(bounds, rows, query_BHRd.device)
-    size = block_rows(batch, heads, keys.shape[-1], rows, keys.device)
+    # Blocks as for a full part: the bits of an image's mass must not depend on the batch that it comes in.
+    size = block_rows(images, heads, keys.shape[-1], rows, keys.device)
     held = keys.new_empty(batch, heads, size, keys.shape[-1])  # one for all blocks: fresh memory costs page faults
     for first, block in zip(range(0, rows, size), query_BHRd.split(size, dim=2), strict=True):
         scores = torch.matmul(block.float() * scale, keys, out=held if block.shape[2] == size else None)

@@ -197,3 +197,15 @@ def test_the_switch(a_gpu, monkeypatch):
     monkeypatch.setenv("DUET_KERNELS", "maybe")
     with pytest.raises(ValueError, match="DUET_KERNELS='maybe' in the environment is neither 'on' nor 'off'"):
         kernels.usable(ON_A_GPU)
+
+
+@pytest.mark.parametrize("shape", [(16, 4, 577, 32), (40, 4, 145, 16), (3, 2, 1200, 16)])
+def test_the_bits_of_an_image_do_not_depend_on_its_batch(shape):
+    """Cached features of a frozen tower equal computed ones only if a batch's other images change nothing."""
+    query, key = torch.randn(shape), torch.randn(shape)
+    together = reference.column_mass(query, key, 0.25)
+    order = torch.randperm(shape[0])
+    assert torch.equal(reference.column_mass(query[order], key[order], 0.25), together[order])
+    for row in range(shape[0]):
+        one = slice(row, row + 1)
+        assert torch.equal(reference.column_mass(query[one], key[one], 0.25), together[one])
