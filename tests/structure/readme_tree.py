@@ -1,7 +1,7 @@
-"""The README's tree, made from the files: `python tests/structure/readme_tree.py` writes it again.
+"""The README's tree of folders, made from the files: `python tests/structure/readme_tree.py` writes it again.
 
-A Python file is described by the first sentence of its docstring, a shell script by its first comment, and a page by
-its title.
+A package is described by the first sentence of its docstring, any other folder here. Files are not listed: each says
+at its top what it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from structure_helpers import ROOT, shipped_files
 
 README = ROOT / "README.md"
 START, END = "<!-- tree: start -->\n```\n", "```\n<!-- tree: end -->"
-# Folders that are one line each, and files whose text cannot say what they are.
 CLOSED = {
     ".ci": "what runs on every change",
     "docs/images": "pictures of the documents",
@@ -41,12 +40,6 @@ CLOSED = {
     "tests/train": "flags, trainer, resume, scripts",
 }
 DESCRIBED = {
-    ".gitignore": "",
-    "CONTRIBUTING.md": "the loop, the rules, how to add things",
-    "LICENSE": "Apache-2.0",
-    "Makefile": "help, setup, check, test, test-gpu, demo, bench, clean",
-    "README.md": "this page",
-    "pyproject.toml": "both packages, extras, tools",
     "docs": "decisions, paper index, training, log, results",
     "duet": "LIBRARY: token reduction; torch and transformers, never llava",
     "duet/families": "one file per Hugging Face model family",
@@ -57,18 +50,7 @@ DESCRIBED = {
     "playground/tiny": "photographs with handwritten digits, and two small backbones",
     "scripts": "one line each on top of one launcher",
     "tests": "all tests; markers gpu and slow",
-    "docs/data.md": "annotation files, what a bad record is, and what happens to it",
-    "docs/decisions.md": "paper, released code, and what we do",
-    "docs/log.md": "dated experiments, negative ones included",
-    "docs/paper.md": "every table and figure: setting, command, status",
-    "docs/evaluation.md": "benchmarks: where files go, commands, protocols, videos",
-    "docs/lmms_eval.md": "lmms-eval as a client: commands, differences",
-    "docs/training.md": "recipes, data, resume, several nodes",
-    "scripts/zero2.json": "DeepSpeed ZeRO-2",
-    "scripts/zero3.json": "DeepSpeed ZeRO-3",
-    "scripts/zero3_offload.json": "DeepSpeed ZeRO-3 with parameters and optimizer in host memory",
 }
-HIDDEN = {".gitignore", "tests/eval/lmms_requirements.txt"}
 WIDTH = 34
 
 
@@ -97,19 +79,16 @@ def describe(name: str) -> str:
 
 
 def entries() -> list[str]:
-    """Folders and files in the order of the tree, closed folders without their content."""
+    """Folders in the order of the tree, closed folders without their content."""
     names: set[str] = set()
     for path in [*shipped_files(), *[ROOT / name / "x" for name in CLOSED if (ROOT / name).is_dir()]]:
         parts = path.relative_to(ROOT).parts
-        for depth in range(1, len(parts) + 1):
+        for depth in range(1, len(parts)):
             name = "/".join(parts[:depth])
-            folder = depth < len(parts)
-            if name in HIDDEN or parts[depth - 1] == "__init__.py" or (not folder and parts[-1] == "x"):
-                break
-            names.add(name + "/" if folder else name)
+            names.add(name + "/")
             if name in CLOSED:
                 break
-    return sorted(names, key=lambda name: [(part == name.split("/")[-1], part) for part in name.rstrip("/").split("/")])
+    return sorted(names)
 
 
 def tree() -> str:
