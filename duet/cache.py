@@ -11,6 +11,8 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
+from duet.versions import take_cache
+
 
 @dataclass
 class CachedSegment:
@@ -65,6 +67,11 @@ class DuetCache(DynamicCache):
         self.segments: list[CachedSegment] = []
         self.fed = 0
         self._prefilled: int | None = None  # what the first layer held when the layers became static
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether ``crop`` works (assisted decoding asks): it does not."""
+        return False
 
     @property
     def is_static(self) -> bool:
@@ -146,8 +153,7 @@ def masks_for_generate(
     config: Any,
     inputs_embeds: Tensor,
     attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    **_: Any,
+    **kwargs: Any,
 ) -> Tensor | None:
     """Stand in for what ``generate`` makes of the mask when shapes are fixed: one for all layers, of the fed length.
 
@@ -155,5 +161,6 @@ def masks_for_generate(
     says nothing new, and would grow with every step.
     """
     del config
-    decodes = isinstance(past_key_values, DuetCache) and past_key_values.segments and inputs_embeds.shape[1] == 1
+    cache = take_cache(kwargs)
+    decodes = isinstance(cache, DuetCache) and cache.segments and inputs_embeds.shape[1] == 1
     return None if decodes else attention_mask

@@ -24,6 +24,7 @@ from duet.config import DuetConfig
 from duet.queries import answers_from_labels, query_rows, surviving_rows
 from duet.stage2 import LANGUAGE_REDUCERS, Decision, LanguageReducer, Stage, keep_best
 from duet.tokens import Counts, TokenState, compact_positions, gather_tokens
+from duet.versions import CACHE, check_layer
 
 
 @dataclass
@@ -103,6 +104,8 @@ def run_decoder(
         )
     if isinstance(past_key_values, DuetCache) and past_key_values.segments:
         return _continue(decoder, inputs_embeds, attention_mask, past_key_values, output_hidden_states, layer_kwargs)
+    if use_cache:
+        check_layer(decoder.layers[0])
     reduces = config is not None and not (config.stage1 == "none" and not config.schedule)
     if not reduces:
         return _plain(
@@ -194,13 +197,14 @@ def _run_layers(
         previous = hidden
         if seen_states is not None:
             seen_states.append(hidden)
-        out = decoder.layers[index](
+        layer = decoder.layers[index]
+        out = layer(
             hidden,
             attention_mask=masks[_layer_type(decoder.config, index)],
             position_embeddings=rotary,
             position_ids=mask_positions,
-            past_key_values=cache,
             use_cache=use_cache,
+            **{CACHE: cache},
             **layer_kwargs,
         )
         hidden = out if isinstance(out, Tensor) else out[0]
@@ -228,7 +232,7 @@ def _masks(decoder, hidden, attention_mask, cache, position_ids, layer: int) -> 
         "config": decoder.config,
         "inputs_embeds": hidden,
         "attention_mask": attention_mask,
-        "past_key_values": cache,
+        CACHE: cache,
         "position_ids": position_ids,
     }
     if cache is not None:

@@ -21,7 +21,7 @@ from torch import nn
 from duet.config import DuetConfig
 from duet.registry import Registry
 
-TESTED = ((5, 17), (5, 23))
+TESTED = ((5, 17), (5, 24))
 """The first and the last version of transformers that the families were tested with."""
 
 

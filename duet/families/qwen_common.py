@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from duet import tracing
 from duet.cache import DuetCache
@@ -23,6 +22,7 @@ from duet.families.prompt import Encoded, Pictures, Prompt
 from duet.families.qwen_tower import PackedFeatures, check_reducer, encode_pictures
 from duet.families.reduced import HostFamily
 from duet.question import Question
+from duet.versions import CACHE, MULTIMODAL_OUTPUT
 
 _KINDS = (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw"))
 
@@ -34,7 +34,7 @@ class QwenFamily(HostFamily):
         position_inputs: inputs of ``compute_3d_position_ids`` that belong to pictures.
     """
 
-    output = CausalLMOutputWithPast
+    output = MULTIMODAL_OUTPUT
     inputs = (
         "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts",
         "mm_token_type_ids",
@@ -68,7 +68,7 @@ class QwenFamily(HostFamily):
                 input_ids=ids_or_embeds if ids_or_embeds.dim() == 2 else None,
                 inputs_embeds=ids_or_embeds.view(*ids_or_embeds.shape[:2], -1),  # read for its shape
                 attention_mask=prompt.attention_mask,
-                past_key_values=cache,
+                **{CACHE: cache},
                 **{name: inputs.get(name) for name in self.position_inputs},
             )
         batch, length = prompt.inputs_embeds.shape[:2]

@@ -6,6 +6,7 @@ is here. Shapes: B batch, L sequence, D width, I images.
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,6 +33,7 @@ from duet.families.prompt import (
 from duet.loss import causal_lm_loss
 from duet.queries import answers_from_labels
 from duet.question import Question, asked, is_read, read_question
+from duet.versions import CACHE, build_output, refuse_unknown, take_cache
 
 
 class ReducedModel:
@@ -49,7 +51,10 @@ class ReducedModel:
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any):
         """Generate as the host class does; the prompt alone decides which visual tokens stay."""
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if ids is not None and kwargs.get("past_key_values") is None:
+        cache = take_cache(kwargs)
+        if cache is not None:
+            kwargs[CACHE] = cache
+        elif ids is not None:
             kwargs.setdefault("prompt_length", ids.shape[1])
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
@@ -71,7 +76,6 @@ class ReducedModel:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -92,19 +96,23 @@ class ReducedModel:
                 the same; a large vocabulary costs most of its memory and time otherwise.
 
         Raises:
+            TypeError: a keyword argument that nothing reads.
             ValueError: the placeholders of a sample do not match the images, or an option cannot work reduced.
         """
         model: Any = self
+        cache = take_cache(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if kwargs.pop("mm_encoder_outputs", None):
             raise ValueError("mm_encoder_outputs holds unreduced features; pass pixels instead while DUET is attached")
         family, config = model._duet.family, model._duet.config
         inputs = {name: kwargs.pop(name) for name in family.inputs if name in kwargs}
+        maps = kwargs.pop("output_attentions", None)
+        kwargs = _loss_arguments(model, kwargs)
         ids_or_embeds: Any = inputs_embeds if input_ids is None else input_ids
         embed = None if input_ids is None else model.get_input_embeddings()
         prompt = Prompt(ids_or_embeds, attention_mask, position_ids, labels=labels, embed=embed)
-        prompt, encoded = _read_pictures(model, prompt, ids_or_embeds, inputs, past_key_values, prompt_length)
+        prompt, encoded = _read_pictures(model, prompt, ids_or_embeds, inputs, cache, prompt_length)
         decoder = family.decoder(model)
         if use_cache is None:
             use_cache = bool(decoder.config.use_cache) and not _checkpoints(decoder)
@@ -119,14 +127,14 @@ class ReducedModel:
             query_indices=query_indices,
             next_position=prompt.next_position,
             additions=prompt.additions,
-            past_key_values=past_key_values,
+            past_key_values=cache,
             use_cache=use_cache,
             config=config,
             fed_length=ids_or_embeds.shape[1],
             counts=prompt.counts,
             output_hidden_states=bool(output_hidden_states),
+            output_attentions=maps,
             **family.decoder_arguments(encoded),
-            **{key: kwargs.pop(key) for key in ("output_attentions",) if key in kwargs},
         )
         result = _output(model, out, encoded, None if skip_logits and labels is not None else logits_to_keep, kwargs)
         return result.to_tuple() if return_dict is False else result
@@ -258,15 +266,26 @@ def _output(
         loss = model.loss_function(
             logits=logits, labels=out.labels, vocab_size=model.config.text_config.vocab_size, **kwargs
         )
-    kind = model._duet.family.output
-    seen = {f"{name}_hidden_states": entry.tokens for name, entry in encoded.items()}
-    return kind(
+    return build_output(
+        model._duet.family.output,
+        cache=out.past_key_values,
+        pictures={name: entry.tokens for name, entry in encoded.items()},
         loss=loss,
         logits=logits,
-        past_key_values=out.past_key_values,
         hidden_states=out.hidden_states,
-        **{name: tokens for name, tokens in seen.items() if hasattr(kind, name)},
     )
+
+
+# Processors and tokenizers give these to models that have no use for them.
+_WITHOUT_USE = ("token_type_ids", "mm_token_type_ids")
+
+
+def _loss_arguments(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return what the loss reads of the arguments that are left over, and refuse what nothing reads."""
+    left = {name: value for name, value in kwargs.items() if value is not None and name not in _WITHOUT_USE}
+    known = set(inspect.signature(type(model).forward).parameters)
+    refuse_unknown(left.keys() - {"num_items_in_batch"}, known - left.keys(), f"{type(model).__name__}.forward")
+    return left
 
 
 def _checkpoints(decoder: Any) -> bool:

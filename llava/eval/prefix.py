@@ -15,6 +15,7 @@ from torch import Tensor
 
 from duet import tracing
 from duet.stage1 import VISION_REDUCERS
+from duet.versions import CACHE, cache_of
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.splice import to_left_padding
 
@@ -93,7 +94,7 @@ def run_prefixes(
 
     Returns:
         What `generate` needs to go on with all B prompts: `inputs` [B, P + T] (the first P columns stand for the
-        cache), `attention_mask` and `past_key_values`.
+        cache), `attention_mask` and the cache.
     """
     ids, mask = left_pad(shared.prefixes, pad, model.device)
     places = [place for own in shared.pictures for place in own]
@@ -112,14 +113,15 @@ def run_prefixes(
         logits_to_keep=1,
     )
     owner = torch.tensor(shared.owner, device=model.device)
-    out.past_key_values.batch_select_indices(owner)
+    cache = cache_of(out)
+    cache.batch_select_indices(owner)
     tracing.share_last_pass(shared.owner, [len(suffix) for suffix in shared.suffixes])
     ends, end_mask = left_pad(shared.suffixes, pad, model.device)
     held = mask[owner].to(end_mask.dtype)
     return {
         "inputs": torch.cat((torch.full_like(held, pad), ends), dim=1),
         "attention_mask": torch.cat((held, end_mask), dim=1),
-        "past_key_values": out.past_key_values,
+        CACHE: cache,
     }
 
 

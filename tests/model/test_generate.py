@@ -7,6 +7,7 @@ from transformers import StaticCache
 
 from duet import DuetConfig
 from duet.tokens import Counts
+from duet.versions import cache_of
 
 CONFIGS = {
     "full": None,
@@ -200,3 +201,32 @@ def test_two_models_do_not_disturb_each_other(model, singles):
     other.generate(torch.tensor([ROWS[2]]), images=images([2]), **NEW)
     assert model.generate(torch.tensor([ROWS[0]]), images=images([0]), **NEW).tolist()[0] == expected
     assert other.reduction is None
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("setting", ["full", "duet", "patch"])
+def test_step_by_step_with_a_cache_under_either_name(model, singles, setting, name):
+    expected = singles(setting)[0]
+    model.set_reduction(CONFIGS[setting])
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([ROWS[0]]), images=images([0]), use_cache=True)
+        tokens = [int(out.logits[0, -1].argmax())]
+        while len(tokens) < len(expected):
+            out = model(input_ids=torch.tensor([tokens[-1:]]), use_cache=True, **{name: cache_of(out)})
+            tokens.append(int(out.logits[0, -1].argmax()))
+    assert tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"postion_ids": torch.zeros(1, 1)}, "did you mean 'position_ids'"),
+        ({"past_key_value": object()}, "'past_key_value'"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4])}, "'cu_seq_lens_q'; it would have no effect"),
+    ],
+)
+def test_what_forward_does_not_read_is_refused(model, given, message):
+    model.set_reduction(None)
+    with pytest.raises(TypeError, match=message):
+        model(input_ids=torch.tensor([ROWS[1]]), **given)
+    model(input_ids=torch.tensor([ROWS[1]]), modalities=["text"], position_ids=None)

@@ -5,6 +5,7 @@ One class serves every backbone; `llava_llama.py` and `llava_mistral.py` only na
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.utils import logging
 from duet import causal_lm_loss, run_decoder
 from duet.cache import masks_for_generate
 from duet.tokens import Counts
+from duet.versions import CACHE, build_output, refuse_unknown, take_cache
 from llava.model.checkpoints import TOWER_PREFIX, to_original_layout
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import clean_generation_config, load_pretrained
@@ -80,6 +82,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         next_position: Tensor | None = None,
         counts: Counts | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        cache=None,
         **kwargs,
     ):
         """Run the model.
@@ -104,15 +107,20 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             next_position: [B] with `inputs_embeds` and `position_ids`: the position of the token that follows each row.
             counts: With `inputs_embeds`: how many tokens and visual tokens each row has, where the caller knows.
             num_items_in_batch: Label tokens of the global batch, used with `loss_normalization="global"` only.
-            **kwargs: Ignored, so that callers written for other versions work.
+            cache: What transformers 5.24 and later call `past_key_values`; both names work with every release.
+            **kwargs: `modalities` and `token_type_ids`, which other models need and clients pass; anything else is
+                refused.
 
         Returns:
             `CausalLMOutputWithPast`. The loss needs no logits, so while training with labels `logits` is None. With a
             reduction the logits have the length that is left after the last layer.
 
         Raises:
+            TypeError: A keyword argument that nothing reads.
             ValueError: Pictures and `<image>` marks disagree, or attention maps are asked for.
         """
+        past_key_values = take_cache({"past_key_values": past_key_values, "cache": cache})
+        _refuse_unread(self, kwargs)
         if inputs_embeds is None:
             prepared = self.prepare_inputs_labels_for_multimodal(
                 input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
@@ -152,8 +160,12 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         if labels is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(out.last_hidden_state[:, keep, :])
-        result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        result = build_output(
+            CausalLMOutputWithPast,
+            cache=out.past_key_values,
+            loss=loss,
+            logits=logits,
+            hidden_states=out.hidden_states,
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -197,7 +209,10 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         embeds: Any
-        if kwargs.get("past_key_values") is None:
+        given = take_cache(kwargs)
+        if given is not None:
+            kwargs[CACHE] = given
+        else:
             mask, (embeds, visual, positions) = to_left_padding(mask.to(embeds.device), embeds, visual, positions)
             counts = getattr(prepared, "counts", None)
             kwargs["counts"] = None if counts is None else counts.left()
@@ -212,7 +227,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         return host.generate(inputs_embeds=embeds, attention_mask=mask, visual_mask=visual, **kwargs)
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+        self, input_ids, past_key_values=None, inputs_embeds=None, is_first_iteration=False, cache=None, **kwargs
     ):
         """Hand pictures and visual positions to the first step; without a cache, the whole sequence to every step."""
         names = ("images", "image_sizes", "visual_mask", "next_position", "counts")
@@ -222,9 +237,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         host: Any = super()
         model_inputs = host.prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE: take_cache({"past_key_values": past_key_values, "cache": cache})},
             **kwargs,
         )
         cached = kwargs.get("use_cache", True)
@@ -295,6 +310,12 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         tower = self.get_vision_tower()
         if tower is not None and kwargs.get("is_main_process", True) and os.path.isdir(save_directory):
             tower.image_processor.save_pretrained(save_directory)
+
+
+def _refuse_unread(model: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse keyword arguments that would be lost, but for those that name what every model here is."""
+    left = {name for name, value in kwargs.items() if value is not None} - {"modalities", "token_type_ids"}
+    refuse_unknown(left, inspect.signature(type(model).forward).parameters, f"{type(model).__name__}.forward")
 
 
 def _continued(prompt: Tensor, later: Tensor, new: int) -> Tensor:
