@@ -10,26 +10,38 @@ width.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from duet import kernels
 from duet.kernels import reference
 from duet.kernels.reference import rotate
 
 
-def _all(x_BMD: Tensor) -> Tensor:
-    return x_BMD
+class kept:
+    """A property that is computed once for each instance.
 
+    ``functools.cached_property`` holds one lock for all instances of a class while it computes (before Python 3.12),
+    so that threads would wait for each other in the middle of a pass.
+    """
 
-def _first(x_BMD: Tensor) -> Tensor:
-    return x_BMD[:, :1]
+    def __init__(self, compute: Callable[[Any], Any]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """Return the value, which from then on stands in the instance's ``__dict__`` and is found there."""
+        if instance is None:
+            return self
+        value = vars(instance)[self._name] = self._compute(instance)
+        return value
 
 
 def spread(count: int, size: int, device: torch.device) -> Tensor | slice:
@@ -57,72 +69,50 @@ def attention_rows(query_BHRd: Tensor, key_BHMd: Tensor, multiple: int = 1) -> I
         yield (block @ keys).softmax(-1).mean(1)
 
 
-def _keep(seen: dict[str, Tensor], name: str, module: nn.Module, given: Any, out: Tensor) -> None:
-    del module
-    seen |= {"input": given[0].detach(), name: out.detach()}
-
-
-@contextlib.contextmanager
-def watched(block: Any, wanted: bool = True) -> Iterator[dict[str, Tensor]]:
-    """Collect what a tower block computes in this context, [B, M, D] each, detached: queries, keys, and their input.
-
-    Nothing is collected, and whoever needs them computes them again, where they are not ``wanted`` or the block is
-    compiled.
-    """
-    seen: dict[str, Tensor] = {}
-    compiled = getattr(block, "_compiled_call_impl", None) is not None or torch.compiler.is_compiling()
-    hooks = []
-    for name in ("q_proj", "k_proj") if wanted and not compiled else ():
-        module = getattr(block.self_attn, name)
-        if isinstance(module, nn.Module):  # a family may hand out functions that do more than project
-            hooks.append(module.register_forward_hook(partial(_keep, seen, name)))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 class TowerSignals:
     """Signals of one block of a vision transformer, computed on demand from the block's input.
+
+    The block itself is left alone: it is shared by all threads that run the model. Queries and keys are computed a
+    second time, once each and for all tokens as the block does it, so that they have the block's own bits; of a tower
+    of 23 blocks that is less than a hundredth.
 
     Args:
         hidden_BMD: input of the block after its first layer norm, [B, M, D].
         attention: the block's attention module, with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``.
         class_token: whether token 0 is a class token.
-        seen: queries and keys that ``watched`` collected while the block ran; what is not there is computed.
     """
 
-    def __init__(
-        self, hidden_BMD: Tensor, attention: Any, class_token: bool, seen: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def __init__(self, hidden_BMD: Tensor, attention: Any, class_token: bool) -> None:
         self._hidden = hidden_BMD
         self._attention = attention
-        self._seen = seen or {}
         self._heads = int(attention.num_heads)
         self.class_token = class_token
 
     def select(self, index_B: Tensor) -> TowerSignals:
         """Return the signals of the images with the given numbers."""
-        index = index_B.to(self._hidden.device)
-        seen = {name: value[index] for name, value in self._seen.items()}
-        return TowerSignals(self._hidden[index], self._attention, self.class_token, seen)
+        return TowerSignals(self._hidden[index_B.to(self._hidden.device)], self._attention, self.class_token)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self._heads, -1)).transpose(1, 2)
 
-    def _projected(self, name: str, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return queries or keys of the tokens that ``pick`` takes. Shapes: [B, M, D] -> [B, R, D]."""
-        if name in self._seen:
-            return pick(self._seen[name])
-        return getattr(self._attention, name)(pick(self._hidden))
+    @kept
+    @torch.no_grad()
+    def _projected_queries(self) -> Tensor:
+        """Queries of all tokens, heads side by side, [B, M, D]."""
+        return self._attention.q_proj(self._hidden)
 
-    def _queries(self, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        return self._split(self._projected("q_proj", pick)).float() * self._attention.scale
+    @kept
+    @torch.no_grad()
+    def _projected_keys(self) -> Tensor:
+        """Keys of all tokens, heads side by side, [B, M, D]."""
+        return self._attention.k_proj(self._hidden)
 
-    @cached_property
+    def _scaled(self, query_BRD: Tensor) -> Tensor:
+        return self._split(query_BRD).float() * self._attention.scale
+
+    @property
     def _keys(self) -> Tensor:
-        return self._split(self._projected("k_proj", _all))
+        return self._split(self._projected_keys)
 
     @property
     def _first_patch(self) -> int:
@@ -137,7 +127,7 @@ class TowerSignals:
         """
         if not self.class_token:
             raise ValueError("this vision tower has no class token; use column_mass() instead of class_row()")
-        query = self._queries(_first)
+        query = self._scaled(self._projected_queries[:, :1])
         return (query @ self._keys.float().transpose(-1, -2)).softmax(-1)[:, :, 0, 1:]
 
     def column_mass(self, readers: int = 0) -> Tensor:
@@ -150,7 +140,7 @@ class TowerSignals:
         """
         first = self._first_patch
         places = spread(readers, self._hidden.shape[1] - first, self._hidden.device)
-        queries = self._split(self._projected("q_proj", lambda x: x[:, first:][:, places]))
+        queries = self._split(self._projected_queries[:, first:][:, places])
         return kernels.column_mass(queries, self._keys, self._attention.scale)[:, first:]
 
     def rows(self, patch_BR: Tensor, multiple: int = 1) -> Iterator[Tensor]:
@@ -160,7 +150,7 @@ class TowerSignals:
         Shapes: patch indices [B, R]; yields [B, r, N], where ``multiple`` divides r. Source: Algorithm 1 line 6.
         """
         index = (patch_BR + self._first_patch).unsqueeze(-1).expand(-1, -1, self._hidden.shape[-1])
-        queries = self._queries(lambda x: x.gather(1, index))
+        queries = self._scaled(self._projected_queries.gather(1, index))
         for block in attention_rows(queries, self._keys, multiple):
             yield block[..., self._first_patch :]
 
@@ -171,7 +161,7 @@ class TowerSignals:
         """
         if not self.class_token:
             raise ValueError("this vision tower has no class token; use column_mass() instead of joint_class_row()")
-        query, keys = self._projected("q_proj", _first).float(), self._projected("k_proj", _all).float()
+        query, keys = self._projected_queries[:, :1].float(), self._projected_keys.float()
         return (query @ keys.transpose(-1, -2) * keys.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
 
     def joint_keys(self) -> Tensor:
@@ -205,12 +195,12 @@ class DecoderSignals:
             x = getattr(self._attention, norm)(x)
         return x.transpose(1, 2)
 
-    @cached_property
+    @kept
     def _unrotated(self) -> Tensor:
         """Keys before rotation, [B, Hkv, L, d]."""
         return self._heads(self._attention.k_proj(self._normed), "k_norm")
 
-    @cached_property
+    @kept
     def _keys(self) -> Tensor:
         """Rotated keys in fp32, [B, Hkv, L, d]."""
         return rotate(self._unrotated, *self._rotary).float()

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from duet import tracing
 from duet.config import DuetConfig
-from duet.signals import watched
 from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, block_signals
 
 if TYPE_CHECKING:
@@ -74,12 +73,12 @@ def encode_vision(
     if reducer is not None and hasattr(reducer, "encode"):
         reduction = reducer.encode(list(body.encoder.layers[: depths[-1]]), hidden, has_class, grid, config)
     else:
-        states, seen = _run_blocks(body.encoder.layers, hidden, depths, reducer is not None)
+        states = _run_blocks(body.encoder.layers, hidden, depths)
         if reducer is None:
             drop, features = has_class and not class_token, _features(states, depths)
             reduction = VisionReduction.identity(features[:, 1:] if drop else features, has_class and not drop, grid)
         else:
-            output = tower_output(tower, select_layer, pixel_values, states, seen)
+            output = tower_output(tower, select_layer, pixel_values, states)
             del states  # what the reducer does not get may be freed
             reduction = reducer(replace(output, project=project, tiles=tiles, question=question), config)
     reduction = replace(reduction, grid=grid)
@@ -102,9 +101,7 @@ def run_tower(tower: Any, pixel_values: Tensor, select_layer: int | Sequence[int
     """
     body, depths = _parts(tower, select_layer)
     hidden = _pre_norm(body, body.embeddings(pixel_values))
-    return tower_output(
-        tower, select_layer, pixel_values, *_run_blocks(body.encoder.layers, hidden, depths, watch=True)
-    )
+    return tower_output(tower, select_layer, pixel_values, _run_blocks(body.encoder.layers, hidden, depths))
 
 
 def tower_output(
@@ -112,7 +109,6 @@ def tower_output(
     select_layer: int | Sequence[int],
     pixel_values: Tensor,
     states: Mapping[int, Tensor] | Sequence[Tensor],
-    seen: Mapping[str, Tensor] | None = None,
 ) -> TowerOutput:
     """Return what a vision reducer gets of a tower that has run.
 
@@ -122,7 +118,6 @@ def tower_output(
         pixel_values: [B, 3, height, width].
         states: [B, M, D] each, by the number of blocks that have run: 0, those that ``select_layer`` names, and the
             input of the last block among them.
-        seen: what ``duet.signals.watched`` saw of that block.
     """
     body, depths = _parts(tower, select_layer)
     blocks, grid = body.encoder.layers, _grid(pixel_values, body)
@@ -130,7 +125,7 @@ def tower_output(
     ranked = _ranked(depths)
     return TowerOutput(
         features=_features(states, depths),
-        signals=block_signals(blocks[ranked], states[ranked], has_class, seen),
+        signals=block_signals(blocks[ranked], states[ranked], has_class),
         class_token=has_class,
         grid=grid,
         pixels=pixel_values,
@@ -159,22 +154,14 @@ def _features(states: Mapping[int, Tensor] | Sequence[Tensor], depths: list[int]
     return states[depths[0]] if len(depths) == 1 else torch.cat([states[depth] for depth in depths], dim=-1)
 
 
-def _run_blocks(
-    blocks: Any, hidden: Tensor, depths: list[int], watch: bool
-) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-    """Return the states that ``tower_output`` needs, and what the ranked block projects, if it is to be watched.
-
-    Only what is asked for is kept: every other state may be freed while the tower runs.
-    """
-    ranked = _ranked(depths)
-    states, seen = {0: hidden}, {}
+def _run_blocks(blocks: Any, hidden: Tensor, depths: list[int]) -> dict[int, Tensor]:
+    """Return the states that ``tower_output`` needs; every other one may be freed while the tower runs."""
+    states, wanted = {0: hidden}, (_ranked(depths), *depths)
     for index in range(max(depths)):
-        with watched(blocks[index], watch and index == ranked) as found:
-            hidden = _tensor(blocks[index](hidden, None))
-        seen |= found
-        if index + 1 in (ranked, *depths):
+        hidden = _tensor(blocks[index](hidden, None))
+        if index + 1 in wanted:
             states[index + 1] = hidden
-    return states, seen
+    return states
 
 
 def _depth(index: int, blocks: int) -> int:

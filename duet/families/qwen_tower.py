@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,7 @@ from duet.config import DuetConfig
 from duet.families.passes import UnitSignals, View, plan, singles
 from duet.grids import pooled_grid
 from duet.over_time import merge_over_time
-from duet.signals import TowerSignals, attention_rows, rotate, spread
+from duet.signals import TowerSignals, attention_rows, kept, rotate, spread
 from duet.stage1 import VISION_REDUCERS, TowerOutput, VisionReduction, in_raster_order, runs_tower_itself
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ class PackedSignals(TowerSignals):
         self._rotary = rotary
         self._device = device
 
-    @cached_property
+    @kept
     def _rotated(self) -> tuple[Tensor, Tensor]:
         """Scaled queries, and keys, [F, H, P, d] in fp32."""
         with torch.no_grad():

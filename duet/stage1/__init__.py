@@ -15,7 +15,7 @@ Attributes of a reducer that say more, all False unless set:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -108,18 +108,9 @@ class TowerOutput:
 
 
 @torch.no_grad()
-def block_signals(
-    block: Any, hidden: Tensor, class_token: bool, seen: Mapping[str, Tensor] | None = None
-) -> TowerSignals:
-    """Return the signals of a tower block from what ``watched`` saw of it, or else from its input [B, M, D].
-
-    They are detached, since nothing learns to rank.
-    """
-    projected = dict(seen or {})
-    normed = projected.pop("input", None)
-    return TowerSignals(
-        block.layer_norm1(hidden) if normed is None else normed, block.self_attn, class_token, projected
-    )
+def block_signals(block: Any, hidden: Tensor, class_token: bool) -> TowerSignals:
+    """Return the signals of a tower block from its input [B, M, D]; detached, since nothing learns to rank."""
+    return TowerSignals(block.layer_norm1(hidden.detach()), block.self_attn, class_token)
 
 
 @dataclass(frozen=True)

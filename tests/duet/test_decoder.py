@@ -1,7 +1,5 @@
 """The reduced decoder: batches, padding, caches, positions, query rows, training."""
 
-import threading
-
 import pytest
 import small
 import torch
@@ -102,22 +100,6 @@ def test_a_second_turn_on_the_same_cache_equals_one_forward(model):
             input_ids=torch.cat((ids, turn), 1), pixel_values=inputs["pixel_values"], prompt_length=ids.shape[1]
         )
     assert (second.logits[:, -1] - whole.logits[:, -1]).abs().max() <= TOLERANCE
-
-
-@torch.no_grad()
-def test_two_threads_on_one_model_do_not_disturb_each_other(model):
-    singles = [small.mixed_singles()[0], small.mixed_singles()[2]]
-    with duet.attach(model, config("last")):
-        alone = [model.generate(**inputs, max_new_tokens=6, do_sample=False) for inputs in singles]
-        results = [None, None]
-
-        def work(i):
-            results[i] = model.generate(**singles[i], max_new_tokens=6, do_sample=False)
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-        [t.start() for t in threads]
-        [t.join() for t in threads]
-    assert all(torch.equal(a, b) for a, b in zip(alone, results, strict=True))
 
 
 def test_caches_that_cannot_hold_a_reduction_are_refused(model):

@@ -201,17 +201,27 @@ def test_ties_go_to_the_lower_index(values, count):
 
 @torch.no_grad()
 @pytest.mark.parametrize("stage1", ["local_cluster", "visionzip", "fastervlm"])
-def test_the_ranked_block_norms_and_projects_once(stage1):
+def test_the_ranked_block_alone_norms_and_projects_once_more_and_is_left_as_it_is(stage1):
     tower = small.build().model.vision_tower
     config = DuetConfig(stage1=stage1, dominant=9, contextual=0 if stage1 == "fastervlm" else 3, schedule={})
     used = getattr(tower, "vision_model", tower).encoder.layers[:-1]
-    modules = [part for block in used for part in (block.layer_norm1, block.self_attn.q_proj, block.self_attn.k_proj)]
-    calls = []
-    hooks = [module.register_forward_hook(lambda module, *_: calls.append(module)) for module in modules]
+    parts = [[block.layer_norm1, block.self_attn.q_proj, block.self_attn.k_proj] for block in used]
+    calls, hooked = [], []
+
+    def note(module, given, out):
+        calls.append((module, out))
+        hooked.extend(part for block in parts for part in block if len(part._forward_hooks) != 1)
+
+    hooks = [module.register_forward_hook(note) for block in parts for module in block]
     kept = encode_vision(tower, small.pixels(2), config=config)
     for hook in hooks:
         hook.remove()
-    assert calls == modules
-    assert not any(module._forward_hooks for module in modules)
-    used[-1].compile(backend="eager")  # nothing is watched inside a graph
-    assert torch.allclose(encode_vision(tower, small.pixels(2), config=config).tokens, kept.tokens, atol=1e-5)
+    modules = [module for module, _ in calls]
+    assert modules[: 3 * len(parts)] == [module for block in parts for module in block]
+    again = modules[3 * len(parts) :]
+    assert again[0] is parts[-1][0] and set(again) <= set(parts[-1]) and len(again) == len(set(again))
+    outs = {module: [out for called, out in calls if called is module] for module in again}
+    assert all(torch.equal(*both) for both in outs.values()), "signals have the bits of the block itself"
+    assert not hooked, "nothing is hung on what threads share"
+    used[-1].compile(backend="eager")
+    assert torch.equal(encode_vision(tower, small.pixels(2), config=config).tokens, kept.tokens)
