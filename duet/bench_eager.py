@@ -36,6 +36,7 @@ from duet.families.qwen2_5_vl import Qwen25VLFamily
 from duet.signals import DecoderSignals, TowerSignals, rotate, spread
 from duet.stage1 import VISION_REDUCERS, TowerOutput, in_raster_order, runs_tower_itself
 from duet.stage2 import LANGUAGE_REDUCERS, Decision, Stage
+from duet.versions import CACHE
 from duet.vision import encode_vision, tower_output
 
 
@@ -138,8 +139,9 @@ class MapStage(Stage):
         block = decoder.layers[layer]
         rotary = decoder.rotary_emb(hidden, state.positions)
         if layer not in self.maps:
+            no_cache: dict[str, Any] = {CACHE: None}
             mask = create_causal_mask(
-                config=decoder.config, inputs_embeds=hidden, attention_mask=state.valid, past_key_values=None
+                config=decoder.config, inputs_embeds=hidden, attention_mask=state.valid, **no_cache
             )
             normed = block.input_layernorm(hidden)
             out = block.self_attn(normed, position_embeddings=rotary, attention_mask=mask)

@@ -20,6 +20,7 @@ from duet.bench_eager import eager_attached
 from duet.bench_roofline import Machine, possible_seconds, predicted_flops
 from duet.config import DuetConfig
 from duet.probe import Parts, PeakMemory, Probe, now, peak_memory, wait_for
+from duet.versions import CACHE, cache_of
 
 UNTOUCHED = "transformers"  # the model as the library runs it
 FULL = "full"  # all tokens, through DUET's code
@@ -175,12 +176,12 @@ def decode_seconds(model: nn.Module, out: Any, steps: int) -> float:
     Nothing here is padding, so a step needs no mask.
     """
     device, seconds = next(model.parameters()).device, []
-    ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+    ids, cache = out.logits[:, -1:].argmax(-1), cache_of(out)
     with torch.inference_mode():
         for _ in range(steps + 1):
             start = now(device)
-            step = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            ids, cache = step.logits[:, -1:].argmax(-1), step.past_key_values
+            step = model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+            ids, cache = step.logits[:, -1:].argmax(-1), cache_of(step)
             seconds.append(now(device) - start)
     return statistics.median(seconds[1:])
 
@@ -249,7 +250,7 @@ def _time_row(
     edges = list(entry.config.for_depth(shape.layers).schedule) if entry.config else []
     seconds, out = time_once(model, shape.parts(model), inputs, optimizer, edges)
     if out is not None:
-        row.kv_bytes = cache_bytes(out.past_key_values)
+        row.kv_bytes = cache_bytes(cache_of(out))
         if decode:
             seconds["decode"] = decode_seconds(model, out, decode)
     row.seconds.append(seconds)
