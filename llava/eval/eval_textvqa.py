@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from llava.eval.answers import read_answers
-from llava.eval.files import Row
 from llava.eval.tasks.base import BadEvalData
 from llava.eval.tasks.textvqa import ground_truth, match_answers, read_annotations, textvqa_scores
 
 
-def eval_single(annotations: Mapping[str, Row], result_file: Path) -> list[str]:
+def eval_single(annotation_file: str | Path, result_file: str | Path) -> list[str]:
     """Score one answers file and print LLaVA's two lines: the mean is over the rows of the file.
+
+    Args:
+        annotation_file: TextVQA_0.5.1_val.json.
+        result_file: Answers, one JSON object per line.
 
     Returns:
         question_ids without an answer.
@@ -26,6 +28,7 @@ def eval_single(annotations: Mapping[str, Row], result_file: Path) -> list[str]:
     Raises:
         BadEvalData: The file is empty or malformed, or its answers belong to other questions.
     """
+    annotations, result_file = read_annotations(Path(annotation_file)), Path(result_file)
     print(result_file.stem)
     found, missing = match_answers(annotations, read_answers(result_file))
     scores = textvqa_scores({key: answer.text for key, answer in found.items()}, ground_truth(annotations))
@@ -58,9 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     incomplete = False
     try:
-        annotations = read_annotations(Path(args.annotation_file))
         for path in result_files(args.result_file, args.result_dir):
-            missing = eval_single(annotations, path)
+            missing = eval_single(args.annotation_file, path)
             if missing:
                 incomplete = True
                 first = ", ".join(missing[:5])

@@ -23,6 +23,7 @@ from llava.constants import (
 from llava.model.anyres import Tiling, unpad_image
 from llava.model.checkpoints import gathered, load_projector_weights, read_projector_file
 from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.calling import run_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import (
     Places,
@@ -205,7 +206,7 @@ class LlavaMetaForCausalLM(ABC):
         # Only what is set is passed on, for projects that replace the tower's forward or encode_images.
         further = {"reduction": reduction, "question": question, "tiles": tiles, "layouts": layouts, "places": places}
         further |= {"project": project} if reduction is not None else {}
-        features = tower(images, **{name: value for name, value in further.items() if value is not None})
+        features = run_tower(tower, images, {name: value for name, value in further.items() if value is not None})
         ragged = isinstance(features, list)
         # One call, whatever the pictures are: under ZeRO-3 every rank must call every module equally often.
         flat = torch.cat([one.flatten(0, -2) for one in features]) if ragged else features

@@ -105,14 +105,22 @@ def chat(args: argparse.Namespace) -> None:
         conversation.messages[-1][-1] = text
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+def main(args: argparse.Namespace | list[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    Args:
+        args: The words of a command line (default: the program's own), or parsed arguments as LLaVA's `main` takes
+            them; then the defaults stand for what they lack, and errors are raised.
+    """
     parser = argparse.ArgumentParser(prog="python -m llava.serve.cli", description="Talk about pictures.")
     add_model_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="also show prompts on the standard error")
-    args = parser.parse_args(argv)
+    if args is not None and not isinstance(args, list | tuple):
+        needed = ["--model-path", str(args.model_path), "--image-file", str(args.image_file)]
+        chat(parser.parse_args(needed, argparse.Namespace(**vars(args))))
+        return 0
     try:
-        chat(args)
+        chat(parser.parse_args(args))
     except (OSError, ValueError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

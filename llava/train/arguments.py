@@ -14,7 +14,7 @@ import transformers
 
 from llava.reduction import ReductionArguments
 from llava.train import runtime
-from llava.train.argv import normalise_argv
+from llava.train.old_flags import OldFlags
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class DataArguments:
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments):
+class TrainingArguments(OldFlags, transformers.TrainingArguments):
     """How it is trained: everything of Hugging Face, plus LLaVA's own flags."""
 
     output_dir: str = field(default="checkpoints/run", metadata={"help": "folder of the run"})
@@ -157,6 +157,7 @@ class TrainingArguments(transformers.TrainingArguments):
     z3_leaf_modules: bool = field(default=True, metadata={"help": "ZeRO-3 gathers the vision tower as one unit"})
 
     def __post_init__(self) -> None:
+        self.carry_over()
         self._check()
         # No flags: copies of the model's flags for the trainer.
         self.tune_mm_mlp_adapter = False
@@ -258,7 +259,7 @@ def parse_arguments(argv: list[str] | None = None, groups: Any = None) -> RunArg
     Raises:
         ValueError: an unknown flag, or a value that is not allowed.
     """
-    argv, notices = normalise_argv(list(sys.argv[1:] if argv is None else argv))
+    argv = list(sys.argv[1:] if argv is None else argv)
     groups = groups or (ModelArguments, DataArguments, TrainingArguments, ReductionArguments)
     parser = transformers.HfArgumentParser(groups, allow_abbrev=False)
     _, rest = parser.parse_known_args(argv)
@@ -267,7 +268,4 @@ def parse_arguments(argv: list[str] | None = None, groups: Any = None) -> RunArg
         near = difflib.get_close_matches(rest[0], flags, n=3)
         raise ValueError(f"{rest[0]} is not a training flag" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     model, data, training, reduction = parser.parse_args_into_dataclasses(args=argv)
-    for notice in notices:
-        if runtime.is_rank0():
-            logger.warning(notice)
     return RunArguments(model, data, training, reduction)

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 import uuid
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 
 from llava import conversation as conversation_lib
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.conversation import SeparatorStyle
+from llava.conversation import Conversation, SeparatorStyle
 from llava.mm_utils import process_images
 from llava.train.collator import DataCollatorForSupervisedDataset
 from llava.train.images import find_image, image_size, read_image
@@ -25,6 +26,7 @@ from llava.train.records import (
     BadRecord,
     BadSampleError,
     BadSampleLog,
+    Origin,
     Record,
     check_record,
     images_of,
@@ -51,8 +53,6 @@ class LazySupervisedDataset(Dataset):
 
     Attributes:
         list_data_dict: The records.
-        origins: For every record the file and index that it was read from.
-        bad_samples: List of the records that turned out bad, shared with data-loader workers.
         videos: Whether records may have videos.
     """
 
@@ -65,14 +65,40 @@ class LazySupervisedDataset(Dataset):
         self.list_data_dict, self.origins = load_records(data_path)
         if not self.list_data_dict:
             raise ValueError(f"{data_path}: no records; check --data_path")
-        # Kept here because worker processes do not see a default that was set after they imported the module.
-        self.conversation = conversation_lib.default_conversation.copy()
-        self.multimodal = bool(getattr(data_args, "is_multimodal", False))
-        self.skip_bad = getattr(data_args, "on_bad_sample", "error") == "skip"
-        default_log = os.path.join(tempfile.gettempdir(), f"llava_bad_samples_{uuid.uuid4().hex}.jsonl")
-        self.bad_samples = BadSampleLog(getattr(data_args, "bad_sample_file", None) or default_log)
+        # Settled here because worker processes do not see a default that was set after they imported the module, and
+        # must share one list.
+        self.conversation, self.bad_samples = self.conversation, self.bad_samples
         if not self.multimodal and any(self._has_image(record) for record in self.list_data_dict):
             logger.warning("records have images but the run has no vision tower: %s stays text", DEFAULT_IMAGE_TOKEN)
+
+    # Projects that bring records of their own set `tokenizer`, `data_args` and `list_data_dict` by hand and skip the
+    # constructor: the rest follows from these.
+
+    @cached_property
+    def conversation(self) -> Conversation:
+        """The template of prompts."""
+        return conversation_lib.default_conversation.copy()
+
+    @cached_property
+    def origins(self) -> list[Origin]:
+        """For every record the file and index that it was read from."""
+        return [Origin("records", index) for index in range(len(self.list_data_dict))]
+
+    @cached_property
+    def multimodal(self) -> bool:
+        """Whether the run has a vision tower."""
+        return bool(getattr(self.data_args, "is_multimodal", False))
+
+    @cached_property
+    def skip_bad(self) -> bool:
+        """Whether a bad record is replaced, not an error."""
+        return getattr(self.data_args, "on_bad_sample", "error") == "skip"
+
+    @cached_property
+    def bad_samples(self) -> BadSampleLog:
+        """List of the records that turned out bad, shared with data-loader workers."""
+        default = os.path.join(tempfile.gettempdir(), f"llava_bad_samples_{uuid.uuid4().hex}.jsonl")
+        return BadSampleLog(getattr(self.data_args, "bad_sample_file", None) or default)
 
     def __len__(self) -> int:
         return len(self.list_data_dict)

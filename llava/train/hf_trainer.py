@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from duet.attach import base_model
 from duet.families import FAMILIES
 from llava.model.checkpoints import gathered
 from llava.train import checkpoints
@@ -25,9 +24,6 @@ class HfTrainer(LLaVATrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._further = {"use_cache": False}
-        if hasattr(base_model(self.model), "_duet"):  # type: ignore[arg-type]
-            self._further["skip_logits"] = True
         self._watch_vision()
 
     def _watch_vision(self) -> None:
@@ -40,8 +36,8 @@ class HfTrainer(LLaVATrainer):
                 self.meter.handles.append(module.register_forward_hook(lambda *_: self.meter.stop("vision")))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Loss of one batch, without a cache and, where DUET is attached, without logits that nobody reads."""
-        return super().compute_loss(model, {**inputs, **self._further}, *args, **kwargs)
+        """Loss of one batch, without a cache."""
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
     def save_kind(self) -> str:
         """What a save writes: `adapter` or `full`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import shutil
@@ -14,6 +15,8 @@ from torch import nn
 from transformers import Trainer
 
 import duet
+from duet.attach import base_model
+from llava.constants import IGNORE_INDEX
 from llava.model.checkpoints import load_partial, read_tensors, to_own_key, weight_files
 from llava.train import checkpoints
 from llava.train.lora import get_mm_adapter_state_maybe_zero_3, load_adapter, maybe_zero_3
@@ -49,10 +52,17 @@ class NonFiniteLossError(FloatingPointError):
 class LLaVATrainer(Trainer):
     """Hugging Face's trainer with LLaVA's recipe.
 
+    Logits and labels are paired as the model hands them out: pictures stretch the caller's labels, and a reduction
+    shortens them, so `label_smoothing_factor`, `compute_loss_func` and `compute_metrics` get the labels of the output.
+
     Args:
         run_log: where figures go; default: nowhere.
         image_processor: needed to draw images in the log.
+        tokenizer: older name of `processing_class`.
         *args, **kwargs: of `transformers.Trainer`.
+
+    Raises:
+        ValueError: two different tokenizers were given.
     """
 
     # The base class allows for None and for wrappers that do not occur here.
@@ -63,8 +73,19 @@ class LLaVATrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
 
-    def __init__(self, *args: Any, run_log: RunLog | None = None, image_processor: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        run_log: RunLog | None = None,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if tokenizer is not None and kwargs.setdefault("processing_class", tokenizer) is not tokenizer:
+            raise ValueError("tokenizer and processing_class are two names of one argument; pass one of them")
         super().__init__(*args, **kwargs)
+        self._skips_logits = "skip_logits" in inspect.signature(base_model(self.model).forward).parameters
+        self._paired_labels: torch.Tensor | None = None
         # LLaVA averages over each device's tokens; the model's **kwargs would make the Trainer use the global count.
         self.model_accepts_loss_kwargs = getattr(self.args, "loss_normalization", "per_device") == "global"
         self.run_log = run_log or RunLog("", {}, active=False)
@@ -73,6 +94,11 @@ class LLaVATrainer(Trainer):
         self.meter = StepMeter()
         self.meter.watch_model(self.model)
         self.rates: dict[str, float] = {}
+
+    @property
+    def tokenizer(self) -> Any:
+        """Older name of `processing_class`."""
+        return self.processing_class
 
     # ---- order of the data and groups of the optimizer
 
@@ -153,7 +179,7 @@ class LLaVATrainer(Trainer):
         ids = inputs.pop(SAMPLE_IDS, None)
         draw = self._draws_now(model)
         with duet.trace(images=draw) as trace:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            result = self._loss(model, inputs, return_outputs, num_items_in_batch)
         loss: torch.Tensor = result[0] if isinstance(result, tuple) else result
         if not math.isfinite(loss.item()):
             raise NonFiniteLossError(
@@ -166,6 +192,55 @@ class LLaVATrainer(Trainer):
         if draw:
             self._draw(inputs.get("images"), trace.images)
         return result
+
+    def _loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any) -> Any:
+        """Loss, or (loss, outputs); logits are made only where somebody is going to read them."""
+        has_labels = inputs.get("labels") is not None
+        if has_labels and (self.label_smoother is not None or self.compute_loss_func is not None):
+            outputs: Any = model(**inputs)
+            loss = self._paired_loss(outputs, inputs["labels"], num_items_in_batch)
+        elif return_outputs:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            skips = {"skip_logits": True} if has_labels and self._skips_logits else {}
+            return super().compute_loss(model, {**inputs, **skips}, False, num_items_in_batch)
+        self._paired_labels = getattr(outputs, "labels", None)
+        return (loss, outputs) if return_outputs else loss
+
+    def _paired_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        """Loss of `compute_loss_func` or of label smoothing, on the labels that stand beside the logits."""
+        paired: torch.Tensor = labels if getattr(outputs, "labels", None) is None else outputs.labels
+        supervised = (paired[:, 1:] != IGNORE_INDEX).sum()
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(outputs, paired, num_items_in_batch=num_items_in_batch)
+        elif not supervised:
+            return outputs.logits.sum() * 0.0  # a mean over nothing would be NaN
+        else:
+            smoother: Any = self.label_smoother
+            loss = smoother(outputs, paired, shift_labels=True)
+            if num_items_in_batch is not None:
+                loss = loss * supervised / num_items_in_batch
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * (self.args.n_gpu if self.args.n_gpu > 1 else self.accelerator.num_processes)
+        return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """One step of an evaluation; `compute_metrics` gets logits with the labels that stand beside them."""
+        if prediction_loss_only and self._skips_logits and self.label_smoother is None and not self.compute_loss_func:
+            inputs = {**inputs, "skip_logits": True}
+        if ignore_keys is None:
+            ignore_keys = list(getattr(self.model.config, "keys_to_ignore_at_inference", ()))
+        self._paired_labels = None
+        loss, logits, labels = super().prediction_step(
+            model, inputs, prediction_loss_only, [*ignore_keys, "cache", "past_key_values", "labels"]
+        )
+        return loss, logits, labels if labels is None or self._paired_labels is None else self._paired_labels.detach()
 
     def _draws_now(self, model: nn.Module) -> bool:
         every = getattr(self.args, "image_log_steps", 0)
@@ -223,8 +298,12 @@ class LLaVATrainer(Trainer):
         if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save everything that resuming needs; only then does it count, and only then are older checkpoints deleted."""
+    def _save_checkpoint(self, model: nn.Module, trial: Any, metrics: Any = None) -> None:
+        """Save everything that resuming needs; only then does it count, and only then are older checkpoints deleted.
+
+        `metrics` is what older trainers passed here; today's reads them from its state.
+        """
+        del metrics
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         begin = time.perf_counter()
         # What an interrupted save left behind must not be mixed with the new files.

@@ -261,3 +261,18 @@ def test_dropping_everything_is_an_error(dataset):
 def test_no_records(dataset):
     with pytest.raises(ValueError, match="no records"):
         dataset([])
+
+
+def test_attributes_set_by_hand_are_enough(dataset):
+    """Projects that bring their own records skip the constructor."""
+    made = dataset([ONE, TEXT_ONLY])
+    by_hand = LazySupervisedDataset.__new__(LazySupervisedDataset)
+    by_hand.tokenizer, by_hand.data_args, by_hand.list_data_dict = made.tokenizer, made.data_args, [ONE, TEXT_ONLY]
+    for index in range(2):
+        for name, value in made[index].items():
+            other = by_hand[index][name]
+            assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value
+    assert by_hand.modality_lengths == made.modality_lengths
+    by_hand.list_data_dict = [{"id": "x", "conversations": []}]
+    with pytest.raises(BadSampleError, match=r"records.*0.*\bx\b"):
+        by_hand[0]

@@ -447,6 +447,12 @@ def test_the_command_scores_a_file_of_llava(root, capsys):
     assert capsys.readouterr().out == "llava-7b\nSamples: 4\nAccuracy: 65.00%\n\n"
 
 
+def test_one_file_is_scored_by_llavas_signature(root, capsys):
+    path = write_answers(root / "llava-7b.jsonl", ALL_RIGHT)
+    assert eval_textvqa.eval_single(str(root / "textvqa" / "TextVQA_0.5.1_val.json"), str(path)) == []
+    assert capsys.readouterr().out == "llava-7b\nSamples: 4\nAccuracy: 100.00%\n\n"
+
+
 def test_the_command_names_missing_questions_and_scores_what_is_there(root, capsys):
     path = write_answers(root / "part.jsonl", {34602: "acme", 34603: "1999"})
     assert run(root, "--result-file", path) == 2

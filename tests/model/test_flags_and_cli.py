@@ -189,6 +189,16 @@ def test_chat_from_a_pipe_streams_and_remembers(monkeypatch, capsys):
     assert second.count("<image>") == 1 and "And  now? ASSISTANT:" in second and "</s>USER" in second
 
 
+def test_chat_takes_parsed_arguments_as_llavas_main_does(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is this?\n"))
+    names = {"model_path": str(LLAVA), "model_base": None, "image_file": PICTURE, "device": "cpu", "debug": False}
+    more = {"conv_mode": "vicuna_v1", "temperature": 0.0, "max_new_tokens": 4, "load_8bit": False, "load_4bit": False}
+    assert cli.main(argparse.Namespace(**names, **more)) == 0
+    assert capsys.readouterr().out.strip()
+    with pytest.raises(ValueError, match=r"nope\.png"):
+        cli.main(SimpleNamespace(**(names | more | {"image_file": "nope.png"})))
+
+
 def test_chat_as_a_command():
     done = subprocess.run(
         [sys.executable, "-m", "llava.serve.cli", "--model-path", str(LLAVA), "--image-file", PICTURE,

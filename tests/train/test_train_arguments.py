@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import train_world
+from transformers import HfArgumentParser
 
-from llava.train.arguments import parse_arguments
-from llava.train.argv import normalise_argv
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 
 DEEPSPEED = str(train_world.ROOT / "scripts")
 
@@ -98,24 +100,44 @@ def test_defaults_are_those_of_llava(tmp_path):
     assert training.remove_unused_columns is False and training.mm_projector_lr is None
 
 
-def test_removed_flags_are_mapped_with_a_notice():
-    argv, notices = normalise_argv(
-        words(
-            "--evaluation_strategy=no --warmup_ratio 0.1 --group_by_length True --save_safetensors True --tf32 False "
-            "--per_gpu_train_batch_size 3 --local_rank=1 --overwrite_output_dir"
-        )
-    )
-    assert argv == words(
-        "--eval_strategy no --warmup_steps 0.1 --train_sampling_strategy group_by_length --tf32 False "
-        "--per_device_train_batch_size 3"
-    )
-    assert len(notices) == 6
-    assert any("save_safetensors is ignored" in notice for notice in notices)
+OLD = {
+    "evaluation_strategy": "steps", "eval_steps": 5, "warmup_ratio": 0.1, "group_by_length": True,
+    "save_safetensors": True, "per_gpu_train_batch_size": 3, "per_gpu_eval_batch_size": 2, "no_cuda": True,
+    "overwrite_output_dir": True, "logging_dir": "logs", "local_rank": 0,
+}  # fmt: skip
 
 
-def test_warmup_ratio_that_cannot_be_expressed():
+def by_parse_arguments(output, flags):
+    return parse_arguments(["--output_dir", output, *flags]).training
+
+
+def by_hf_argument_parser(output, flags):
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    return parser.parse_args_into_dataclasses(["--output_dir", output, *flags])[2]
+
+
+def by_keywords(output, flags):
+    del flags
+    return TrainingArguments(output_dir=output, **OLD)
+
+
+@pytest.mark.parametrize("door", [by_parse_arguments, by_hf_argument_parser, by_keywords])
+def test_flags_of_older_transformers_are_understood_at_every_door_with_a_notice(door, tmp_path, caplog):
+    training = door(str(tmp_path), [word for name, value in OLD.items() for word in (f"--{name}", str(value))])
+    assert training.eval_strategy == "steps" and training.get_warmup_steps(100) == 10 and training.use_cpu
+    assert training.train_sampling_strategy == "group_by_length"
+    assert (training.per_device_train_batch_size, training.per_device_eval_batch_size) == (3, 2)
+    assert "--evaluation_strategy steps is now --eval_strategy steps" in caplog.text
+    assert "--save_safetensors is ignored" in caplog.text and "--logging_dir is ignored" in caplog.text
+    again = replace(training, seed=3)
+    assert (again.eval_strategy, again.evaluation_strategy, again.warmup_ratio) == ("steps", None, None)
+
+
+def test_old_flags_that_cannot_be_carried_over_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"--warmup_ratio 1.5.*--warmup_steps"):
-        normalise_argv(["--warmup_ratio", "1.5"])
+        TrainingArguments(output_dir=str(tmp_path), warmup_ratio=1.5)
+    with pytest.raises(ValueError, match=r"--evaluation_strategy epoch and --eval_strategy steps contradict"):
+        TrainingArguments(output_dir=str(tmp_path), evaluation_strategy="epoch", eval_strategy="steps", eval_steps=1)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig
 
 from duet import DuetConfig, tracing
 from duet.families.anyres import reduce_pictures
+from duet.stage1 import VisionReduction
 from duet.vision import encode_vision
 from llava.model.checkpoints import is_partitioned
 from llava.model.multimodal_encoder.feature_cache import FeatureCache, why_not
@@ -57,8 +59,25 @@ def default_image_processor(image_size: int) -> CLIPImageProcessorPil:
     )
 
 
+class CLIPVisionModel(transformers.CLIPVisionModel):
+    """CLIP's vision model, whose parts are found under `vision_model`, too, where they were before transformers 5."""
+
+    @property
+    def vision_model(self) -> CLIPVisionModel:
+        """The model itself."""
+        return self
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Say no: checkpoints are converted by this class's name, as for the class that it stands for."""
+        return False
+
+
 class CLIPVisionTower(nn.Module):
-    """A CLIP vision model that runs only the layers that its features need.
+    """A CLIP vision model and the features that are taken of it.
+
+    Without a reduction the model runs as it is: hooks and replaced forwards act, and `feature_select` chooses. With one
+    only the layers run that the features need.
 
     The modules are built from the configuration, so that a checkpoint can fill them; `load_model` fetches the stock
     weights when no checkpoint did.
@@ -185,19 +204,55 @@ class CLIPVisionTower(nn.Module):
                 return self._encode_tiled(images, reduction, project, question, layouts)
             return self._encode(images, places, config=reduction, project=project, question=question, tiles=tiles)
 
-    def _encode(self, images: Tensor, places: list[Tensor] | None = None, **stage1) -> Tensor | list[Tensor]:
+    def feature_select(self, image_forward_outs) -> Tensor:
+        """Choose the features that go on.
+
+        Args:
+            image_forward_outs: What the CLIP model returned with `output_hidden_states=True`.
+
+        Returns:
+            [B, N, D], or [B, 1 + N, D] with the class token in front where `select_feature` is `cls_patch`.
+
+        Raises:
+            ValueError: `select_layer` names a layer that the model does not have.
+        """
+        states = image_forward_outs.hidden_states
+        layers = [self.select_layer] if isinstance(self.select_layer, int) else list(self.select_layer)
+        if not all(-len(states) <= layer < len(states) for layer in layers):
+            raise ValueError(
+                f"mm_vision_select_layer is {self.select_layer}, but the tower has {len(states) - 1} blocks: use "
+                f"-{len(states)} to {len(states) - 1}"
+            )
+        features = states[layers[0]] if len(layers) == 1 else torch.cat([states[layer] for layer in layers], dim=-1)
+        return features if self.select_feature == "cls_patch" else features[:, 1:]
+
+    def _encode(
+        self, images: Tensor, places: list[Tensor] | None = None, config: DuetConfig | None = None, **stage1
+    ) -> Tensor | list[Tensor]:
         pixels = images.to(device=self.device, dtype=self.dtype)
-        encoded = encode_vision(
-            self.vision_tower,
-            pixels,
-            select_layer=self.select_layer,
-            class_token=self.select_feature == "cls_patch",
-            **stage1,
-        )
+        if config is None or config.stage1 == "none":
+            encoded = self._encode_whole(pixels)
+        else:
+            encoded = encode_vision(
+                self.vision_tower,
+                pixels,
+                select_layer=self.select_layer,
+                class_token=self.select_feature == "cls_patch",
+                config=config,
+                **stage1,
+            )
         if places is not None:
             places += encoded.places(self.num_patches, self.select_feature == "cls_patch")
         tokens = encoded.tokens.to(images.dtype)
         return tokens if encoded.counts is None else encoded.per_image(tokens)
+
+    def _encode_whole(self, pixels: Tensor) -> VisionReduction:
+        """All tokens, by the model's own forward."""
+        features = self.feature_select(self.vision_tower(pixels, output_hidden_states=True))
+        grid = (pixels.shape[-2] // self.config.patch_size, pixels.shape[-1] // self.config.patch_size)
+        encoded = VisionReduction.identity(features, self.select_feature == "cls_patch", grid)
+        tracing.record_vision(encoded)
+        return encoded
 
     def _encode_tiled(self, images: Tensor, reduction, project, question, layouts) -> list[Tensor]:
         pixels = images.to(device=self.device, dtype=self.dtype)
