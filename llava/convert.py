@@ -218,7 +218,8 @@ def extract_projector(source: str, out: str) -> int:
 
     Args:
         source: A folder with model weights, LoRA remains or a projector; or a file.
-        out: A .safetensors or .bin file. Keys are LLaVA's, `model.mm_projector.*` and `model.image_newline`.
+        out: A .safetensors file, or any other for `torch.save`. Keys are LLaVA's, `model.mm_projector.*` and
+            `model.image_newline`.
 
     Returns:
         How many tensors were written.
@@ -234,12 +235,12 @@ def extract_projector(source: str, out: str) -> int:
     if newline is not None:
         named["model.image_newline"] = newline.contiguous()
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    if out.endswith(".bin"):
-        torch.save(named, out)
-    else:
+    if out.endswith(".safetensors"):
         from safetensors.torch import save_file
 
         save_file(named, out, metadata={"format": "pt"})
+    else:
+        torch.save(named, out)
     return len(named)
 
 

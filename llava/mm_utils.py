@@ -256,6 +256,10 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         text = self.tokenizer.decode(tail, skip_special_tokens=True)
         return any(keyword in text for keyword in self.keywords)
 
+    def call_for_batch(self, output_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> bool:
+        """Return whether the first row of ``output_ids`` [B, L] ends in a keyword."""
+        return bool(self(output_ids[:1], scores, **kwargs))
+
     def __call__(self, output_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> Any:
         """Return True when all rows of ``output_ids`` [B, L] end in a keyword."""
         head = output_ids[:, : self.start_len]

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from logging.handlers import TimedRotatingFileHandler
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,9 @@ from llava.constants import LOGDIR
 
 server_error_msg = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
 moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE TRY AGAIN."
+
+handler: logging.Handler | None = None
+"""Always None: LLaVA's one file handler for all loggers; here every logger that `build_logger` makes has its own."""
 
 _LOG_FORMAT = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
 
@@ -41,6 +45,41 @@ def build_logger(logger_name: str, logger_filename: str) -> logging.Logger:
         file_handler.setFormatter(formatter)
         logger.addHandler(file_handler)
     return logger
+
+
+class StreamToLogger:
+    """A text stream whose whole lines go to a logger; everything else is the terminal's.
+
+    Args:
+        logger: gets the lines, without their ends.
+        log_level: of the records.
+
+    Attributes:
+        terminal: `sys.stdout` as it was; answers what a stream is asked besides (`isatty`, `encoding`, ...).
+        linebuf: the beginning of a line that has not ended.
+    """
+
+    def __init__(self, logger: logging.Logger, log_level: int = logging.INFO) -> None:
+        self.terminal = sys.stdout
+        self.logger = logger
+        self.log_level = log_level
+        self.linebuf = ""
+
+    def __getattr__(self, attr: str) -> Any:
+        return getattr(self.terminal, attr)
+
+    def write(self, buf: str) -> int:
+        """Log the lines that end in this text; keep the rest. Returns the length of the text, as streams do."""
+        *lines, self.linebuf = (self.linebuf + buf).split("\n")
+        for line in lines:
+            self.logger.log(self.log_level, line.rstrip())
+        return len(buf)
+
+    def flush(self) -> None:
+        """Log what has been kept."""
+        kept, self.linebuf = self.linebuf, ""
+        if kept:
+            self.logger.log(self.log_level, kept.rstrip())
 
 
 def process_rank() -> int:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llava.eval.answers import read_answers
-from llava.eval.tasks.pope import PopeCounts, PopeResult, read_questions, score_answers
+from llava.eval.files import read_json_lines
+from llava.eval.tasks.base import BadEvalData
+from llava.eval.tasks.pope import PopeCounts, PopeResult, parse_pope, pope_metrics, read_questions, score_answers
 
 
-def report(category: str, counts: PopeCounts) -> str:
-    """The lines that LLaVA's script prints for one category."""
+def figures(counts: PopeCounts) -> str:
+    """The lines that LLaVA's `eval_pope` prints."""
     numbers = (counts.f1, counts.accuracy, counts.precision, counts.recall, counts.yes_ratio)
     return "\n".join(
         (
-            f"Category: {category}, # samples: {counts.total}",
             "TP\tFP\tTN\tFN\t",
             f"{counts.tp}\t{counts.fp}\t{counts.tn}\t{counts.fn}",
             f"Accuracy: {counts.accuracy}",
@@ -28,9 +31,35 @@ def report(category: str, counts: PopeCounts) -> str:
             f"F1 score: {counts.f1}",
             f"Yes ratio: {counts.yes_ratio}",
             ", ".join(f"{number:.3f}" for number in numbers),
-            "=" * 36,
         )
     )
+
+
+def report(category: str, counts: PopeCounts) -> str:
+    """The lines that LLaVA's script prints for one category."""
+    return f"Category: {category}, # samples: {counts.total}\n{figures(counts)}\n{'=' * 36}"
+
+
+def eval_pope(answers: Sequence[dict[str, Any]], label_file: str) -> PopeCounts:
+    """Score one category as LLaVA's function does: answers and labels belong together by their places.
+
+    The command line below matches them by picture and question instead, which cannot shift.
+
+    Args:
+        answers: rows with a `text`, which becomes "yes" or "no" in place.
+        label_file: `coco_pope_<category>.json`.
+
+    Raises:
+        BadEvalData: the label file is malformed, or has another number of rows.
+    """
+    labels = [row.get("label", str) for row in read_json_lines(Path(label_file))]
+    if len(labels) != len(answers):
+        raise BadEvalData(f"{label_file} has {len(labels)} labels for {len(answers)} answers; they go by their places")
+    for answer in answers:
+        answer["text"] = parse_pope(answer["text"])
+    counts = pope_metrics(zip(labels, (answer["text"] for answer in answers), strict=True))
+    print(figures(counts))
+    return counts
 
 
 def evaluate(annotation_dir: str, question_file: str, result_file: str) -> PopeResult:

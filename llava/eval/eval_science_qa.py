@@ -58,8 +58,18 @@ def summary(result: Mapping[str, Any], scores: Mapping[str, float]) -> str:
     return f"{line}, IMG-Accuracy: {scores['img_accuracy']:.2f}%" if "img_accuracy" in scores else line
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, 1 for bad input, or 2 when questions have no answer."""
+def convert_caps(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of an answers file as COCO's captions, `{image_id, caption}`; LLaVA's helper, not used here."""
+    return [{"image_id": int(result["question_id"]), "caption": result["text"]} for result in results]
+
+
+def get_pred_idx(prediction: str, choices: Sequence[str], options: Sequence[str]) -> int:
+    """The place of a letter among a problem's choices, or -1; LLaVA's name for `choice_index`."""
+    return choice_index(prediction, len(choices), options)
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m llava.eval.eval_science_qa", description="Score answers on ScienceQA."
     )
@@ -69,7 +79,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output-result", help="where to write accuracy, chosen indices and answers")
     parser.add_argument("--split", default="test", help="split of pid_splits.json")
     parser.add_argument("--options", type=list, default=list(OPTIONS), help="letters of the options, such as ABCDE")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns 0, 1 for bad input, or 2 when questions have no answer."""
+    args = get_args(argv)
     try:
         problems = read_problems(Path(args.base_dir), args.split)
         if max(len(problem["choices"]) for problem in problems.values()) > len(args.options):

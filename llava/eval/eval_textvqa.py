@@ -12,7 +12,18 @@ from pathlib import Path
 
 from llava.eval.answers import read_answers
 from llava.eval.tasks.base import BadEvalData
-from llava.eval.tasks.textvqa import ground_truth, match_answers, read_annotations, textvqa_scores
+from llava.eval.tasks.textvqa import (
+    ground_truth,
+    match_answers,
+    question_of_prompt,
+    read_annotations,
+    textvqa_scores,
+)
+
+
+def prompt_processor(prompt: str) -> str:
+    """See `question_of_prompt`; LLaVA's name for it."""
+    return question_of_prompt(prompt)
 
 
 def eval_single(annotation_file: str | Path, result_file: str | Path) -> list[str]:
@@ -26,7 +37,7 @@ def eval_single(annotation_file: str | Path, result_file: str | Path) -> list[st
         question_ids without an answer.
 
     Raises:
-        BadEvalData: The file is empty or malformed, or its answers belong to other questions.
+        BadEvalData: A file is empty or malformed, or the answers belong to other questions.
     """
     annotations, result_file = read_annotations(Path(annotation_file)), Path(result_file)
     print(result_file.stem)
@@ -52,13 +63,18 @@ def result_files(result_file: str | None, result_dir: str | None) -> list[Path]:
     return files
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, 1 for bad input, or 2 when questions have no answer."""
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.eval_textvqa", description="Score answers on TextVQA.")
     parser.add_argument("--annotation-file", required=True, help="TextVQA_0.5.1_val.json")
     parser.add_argument("--result-file", help="answers, one JSON object per line")
     parser.add_argument("--result-dir", help="folder whose .jsonl files are all scored")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns 0, 1 for bad input, or 2 when questions have no answer."""
+    args = get_args(argv)
     incomplete = False
     try:
         for path in result_files(args.result_file, args.result_dir):

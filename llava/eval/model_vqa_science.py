@@ -6,17 +6,23 @@ python -m llava.eval.model_vqa_science --model-path MODEL --question-file llava_
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval import vqa
 from llava.eval.files import as_row, read_json
+from llava.eval.run_llava import with_defaults
 from llava.eval.tasks.base import LETTER_ANSWER, BadEvalData
 from llava.eval.tasks.scienceqa import ScienceQa
+from llava.eval.vqa import get_chunk, split_list
+
+__all__ = ["eval_model", "get_chunk", "main", "make_parser", "open_picture", "read_questions", "split_list"]
 
 MAX_NEW_TOKENS = 1024
 
@@ -50,16 +56,35 @@ def open_picture(path: Path) -> list[Image.Image]:
     return [ScienceQa().open_visual(path)]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+def make_parser() -> argparse.ArgumentParser:
+    """LLaVA's flags with LLaVA's defaults, and ours."""
     parser = vqa.make_parser(
         "python -m llava.eval.model_vqa_science", "Answer ScienceQA.", "tables/question.json", "llava_v0"
     )
     parser.add_argument("--answer-prompter", action="store_true", help="accepted for old scripts; without effect")
     parser.add_argument("--single-pred-prompt", action="store_true", help="ask for the letter only")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def eval_model(args: Any) -> None:
+    """Answer ScienceQA's question file.
+
+    Args:
+        args: LLaVA's flags as attributes; those that are missing get their defaults.
+
+    Raises:
+        BadEvalData: the question file or a picture is missing or wrong.
+        ValueError: a wrong request.
+    """
+    args = with_defaults(make_parser(), args)
     read = functools.partial(read_questions, single_pred_prompt=args.single_pred_prompt)
-    return vqa.exit_status(functools.partial(vqa.run, args, read, MAX_NEW_TOKENS, open_picture))
+    pictures = vqa.FolderPictures(Path(os.path.expanduser(args.image_folder)), open_picture)
+    vqa.run(args, read, MAX_NEW_TOKENS, pictures)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return vqa.exit_status(functools.partial(eval_model, make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

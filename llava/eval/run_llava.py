@@ -216,6 +216,26 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     ReductionArguments.add_arguments(parser)
 
 
+def with_defaults(parser: argparse.ArgumentParser, args: Any) -> argparse.Namespace:
+    """Complete what a client passes to a function of LLaVA's that takes parsed flags.
+
+    Args:
+        parser: Knows all flags.
+        args: Any object with some of them as attributes; it stays as it is.
+
+    Raises:
+        ValueError: One without a default is missing.
+    """
+    given = argparse.Namespace()
+    for action in parser._actions:
+        if action.dest in ("help", argparse.SUPPRESS):
+            continue
+        if action.required and getattr(args, action.dest, None) is None:
+            raise ValueError(f"args.{action.dest} is missing: {action.help or 'it has no default'}")
+        setattr(given, action.dest, getattr(args, action.dest, action.default))
+    return given
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.run_llava", description="Ask about pictures.")

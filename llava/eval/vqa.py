@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,16 @@ class VqaRow:
         text: the user's turn without the image mark.
         prompt: what is stored as the prompt.
         image: a file below the image folder, or None.
+        extra: further fields of the answer's row.
+        answer_field: which field of that row holds the answer.
     """
 
     question_id: str | int
     text: str
     prompt: str
     image: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    answer_field: str = "text"
 
 
 def make_parser(prog: str, description: str, question_file: str, conv_mode: str) -> argparse.ArgumentParser:
@@ -72,21 +75,26 @@ def make_parser(prog: str, description: str, question_file: str, conv_mode: str)
     return parser
 
 
-def split_list(items: Sequence[Any], chunks: int) -> list[list[Any]]:
-    """Cut into that many consecutive parts of ceil(len / chunks) items; the last ones may be short or empty."""
-    size = math.ceil(len(items) / chunks)
-    return [list(items[start * size : (start + 1) * size]) for start in range(chunks)]
+def split_list(lst: Any, n: int) -> list[Any]:
+    """Cut into `n` consecutive parts of ceil(len / n) items; the last ones may be short or empty.
+
+    Args:
+        lst: a list, or anything else that has a length and slices, such as a table.
+        n: how many parts.
+    """
+    size = math.ceil(len(lst) / n)
+    return [lst[start * size : (start + 1) * size] for start in range(n)]
 
 
-def get_chunk(items: Sequence[Any], chunks: int, index: int) -> list[Any]:
-    """One part of `split_list`.
+def get_chunk(lst: Any, n: int, k: int) -> Any:
+    """Part `k` of `split_list`.
 
     Raises:
         ValueError: there is no such part.
     """
-    if not 0 <= index < chunks:
-        raise ValueError(f"--chunk-idx {index} must be at least 0 and below --num-chunks {chunks}")
-    return split_list(items, chunks)[index]
+    if not 0 <= k < n:
+        raise ValueError(f"--chunk-idx {k} must be at least 0 and below --num-chunks {n}")
+    return split_list(lst, n)[k]
 
 
 def read_questions(path: Path) -> list[VqaRow]:
@@ -108,18 +116,29 @@ def open_rgb(path: Path) -> list[Image.Image]:
         return [image.convert("RGB")]
 
 
-def find_pictures(rows: Sequence[VqaRow], folder: Path) -> list[tuple[Path, ...]]:
-    """The picture of every row.
+class FolderPictures:
+    """Pictures as files below a folder.
 
-    Raises:
-        BadEvalData: some are missing; names them.
+    Args:
+        folder: where they are.
+        open_picture: opens one.
     """
-    files = [(folder / row.image,) if row.image else () for row in rows]
-    gone = [(row, path) for row, paths in zip(rows, files, strict=True) for path in paths if not path.is_file()]
-    if gone:
-        listed = "\n".join(f"  question {row.question_id}: {path}" for row, path in gone[:SHOWN])
-        raise BadEvalData(f"{len(gone)} pictures are missing, see --image-folder; among them\n{listed}")
-    return files
+
+    def __init__(self, folder: Path, open_picture: Callable[[Path], list[Image.Image]] = open_rgb) -> None:
+        self.folder, self.open = folder, open_picture
+
+    def find(self, rows: Sequence[VqaRow]) -> list[tuple[Path, ...]]:
+        """The picture of every row.
+
+        Raises:
+            BadEvalData: some are missing; names them.
+        """
+        files = [(self.folder / row.image,) if row.image else () for row in rows]
+        gone = [(row, path) for row, paths in zip(rows, files, strict=True) for path in paths if not path.is_file()]
+        if gone:
+            listed = "\n".join(f"  question {row.question_id}: {path}" for row, path in gone[:SHOWN])
+            raise BadEvalData(f"{len(gone)} pictures are missing, see --image-folder; among them\n{listed}")
+        return files
 
 
 def continue_file(path: Path, settings: Settings) -> None:
@@ -174,11 +193,26 @@ def answer_rows(
 
 
 def _answer_row(row: VqaRow, text: str, model_id: str) -> dict[str, Any]:
+    return answer_row(row.question_id, row.prompt, text, model_id, row.answer_field) | dict(row.extra)
+
+
+def answer_row(
+    question_id: str | int, prompt: str, text: str, model_id: str, answer_field: str = "text"
+) -> dict[str, Any]:
+    """A row of LLaVA's answers files; its id is the same in every run.
+
+    Args:
+        question_id: the question's id.
+        prompt: what was asked.
+        text: the answer.
+        model_id: the model's name.
+        answer_field: the field that holds the answer.
+    """
     return {
-        "question_id": row.question_id,
-        "prompt": row.prompt,
-        "text": text,
-        "answer_id": hashlib.sha256(f"{model_id} {row.question_id} {row.prompt}".encode()).hexdigest()[:22],
+        "question_id": question_id,
+        "prompt": prompt,
+        answer_field: text,
+        "answer_id": hashlib.sha256(f"{model_id} {question_id} {prompt}".encode()).hexdigest()[:22],
         "model_id": model_id,
         "metadata": {},
     }
@@ -188,17 +222,23 @@ def run(
     args: argparse.Namespace,
     read: Callable[[Path], list[VqaRow]],
     max_new_tokens: int,
-    open_picture: Callable[[Path], list[Image.Image]] = open_rgb,
+    pictures: Any = None,
 ) -> None:
     """Answer one chunk of a question file.
+
+    Args:
+        args: the flags of `make_parser`.
+        read: reads the question file.
+        max_new_tokens: length limit of an answer.
+        pictures: finds and opens the rows' pictures; default: `FolderPictures` of --image-folder.
 
     Raises:
         BadEvalData: the question file or a picture is missing or wrong.
         ValueError: a wrong request.
     """
     rows = get_chunk(read(Path(os.path.expanduser(args.question_file))), args.num_chunks, args.chunk_idx)
-    folder = Path(args.image_folder)
-    files = find_pictures(rows, folder)
+    pictures = pictures or FolderPictures(Path(os.path.expanduser(args.image_folder)))
+    files = pictures.find(rows)
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path,
         args.model_base,
@@ -212,7 +252,7 @@ def run(
     ]
     settings = Settings(
         benchmark=args.question_file,
-        questions=questions_digest(asked, folder),
+        questions=questions_digest(asked, pictures.folder),
         model=model_fingerprint(args.model_path, args.model_base, model.config),
         reduction=getattr(model.config, "duet", None),
         template=args.conv_mode,
@@ -224,7 +264,7 @@ def run(
     path = Path(os.path.expanduser(args.answers_file))
     continue_file(path, settings)
     with AnswersFile(path) as file:
-        answer_rows(rows, files, file, answerer, args, max_new_tokens, open_picture)
+        answer_rows(rows, files, file, answerer, args, max_new_tokens, pictures.open)
 
 
 def exit_status(function: Callable[[], None]) -> int:
@@ -234,24 +274,7 @@ def exit_status(function: Callable[[], None]) -> int:
     except BadEvalData as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    except (OSError, ValueError, NotImplementedError) as error:
+    except (ImportError, OSError, ValueError, NotImplementedError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
-
-
-def main(argv: list[str] | None, prog: str, description: str, max_new_tokens: int | None) -> int:
-    """Command line of an entry point for question files in JSON lines.
-
-    Args:
-        argv: arguments, None for the process's own.
-        prog: name of the program.
-        description: what it does.
-        max_new_tokens: length limit; None adds the flag for it, with LLaVA's default of 128.
-    """
-    parser = make_parser(prog, description, "tables/question.jsonl", "llava_v1")
-    if max_new_tokens is None:
-        parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
-    args = parser.parse_args(argv)
-    limit = args.max_new_tokens if max_new_tokens is None else max_new_tokens
-    return exit_status(functools.partial(run, args, read_questions, limit))

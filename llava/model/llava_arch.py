@@ -20,6 +20,7 @@ from llava.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
+from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.anyres import Tiling, unpad_image
 from llava.model.checkpoints import gathered, load_projector_weights, read_projector_file
 from llava.model.multimodal_encoder.builder import build_vision_tower
@@ -36,7 +37,7 @@ from llava.model.splice import (
     truncate,
 )
 
-__all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
+__all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "get_anyres_image_grid_shape", "unpad_image"]
 
 logger = logging.get_logger(__name__)
 

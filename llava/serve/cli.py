@@ -23,13 +23,17 @@ from llava.eval.run_llava import (
     choose_template,
     generation_options,
     image_parser,
+    load_image,
     load_images,
     move_pixels,
     place_images,
+    with_defaults,
 )
 from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.builder import load_pretrained_model
 from llava.reduction import ReductionArguments
+
+__all__ = ["chat", "load_image", "main"]
 
 
 def questions(role: str) -> Iterator[str]:
@@ -116,8 +120,7 @@ def main(args: argparse.Namespace | list[str] | None = None) -> int:
     add_model_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="also show prompts on the standard error")
     if args is not None and not isinstance(args, list | tuple):
-        needed = ["--model-path", str(args.model_path), "--image-file", str(args.image_file)]
-        chat(parser.parse_args(needed, argparse.Namespace(**vars(args))))
+        chat(with_defaults(parser, args))
         return 0
     try:
         chat(parser.parse_args(args))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from llava.train import checkpoints, runtime
+from llava.train import checkpoints, runtime, star
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments, parse_arguments
 from llava.train.build import build, smart_tokenizer_and_embedding_resize
 from llava.train.callbacks import EXIT_STOPPED, EpochCallback, FrozenCallback, LogCallback, StopCallback, StopSignal
@@ -37,6 +37,7 @@ from llava.train.lora import (
 )
 from llava.train.optim import trainable_table
 from llava.train.run_log import RunLog, describe_run
+from llava.train.star import *  # noqa: F403 - LLaVA's clients take these names from here
 
 __all__ = [
     "DataArguments",
@@ -49,6 +50,7 @@ __all__ = [
     "get_mm_adapter_state_maybe_zero_3",
     "get_peft_state_maybe_zero_3",
     "get_peft_state_non_lora_maybe_zero_3",
+    "local_rank",
     "make_supervised_data_module",
     "maybe_zero_3",
     "preprocess",
@@ -62,6 +64,10 @@ __all__ = [
     "smart_tokenizer_and_embedding_resize",
     "train",
 ]
+__all__ += star.__all__
+
+local_rank: int | None = None
+"""This process's place on its machine, as LLaVA's module has it; None before `train` runs."""
 
 # Named, because this module is `__main__` when it is started with `python -m`.
 logger = logging.getLogger("llava.train.train")
@@ -79,9 +85,11 @@ def train(attn_implementation: str | None = None) -> None:
     Raises:
         SystemExit: code 143 when SIGTERM ended the run after a checkpoint was saved.
     """
+    global local_rank
     set_up_logging()
     stop = StopSignal().install()
     args = parse_arguments()
+    local_rank = args.training.local_process_index
     runtime.leave(EXIT_STOPPED if run(args, attn_implementation, stop) else 0)
 
 

@@ -23,10 +23,11 @@ CLOSED = {
     "llava/train": "data, trainer, recipes, launcher",
     "llava/serve": "chat",
     "scripts/lib": "the launcher, and how an environment is made",
-    "scripts/v1_5": "one benchmark each, by LLaVA's script names",
+    "scripts/v1_5": "LLaVA-1.5's training and benchmarks, by LLaVA's script names",
     "playground/data": "where real data goes (ignored by git)",
     "playground/tiny/weights": "the tiny world's backbones and tokenizer",
     "tests/bench": "benchmark, probe, overlays, allocations",
+    "tests/clients": "what code written for LLaVA finds here: names, scripts, whole clients",
     "tests/data": "records, labels, collator, sampler, pre-flight scan",
     "tests/duet": "config, stages, decoder, cache, attach, golden parity",
     "tests/eval": "benchmarks, runner, report, comparison, videos and judge, lmms-eval",
@@ -48,7 +49,7 @@ DESCRIBED = {
     "llava": "APPLICATION: LLaVA-1.5's names and layouts",
     "playground": "the tiny world, and room for real data",
     "playground/tiny": "photographs with handwritten digits, and two small backbones",
-    "scripts": "one line each on top of one launcher",
+    "scripts": "our training on one launcher; LLaVA's training scripts and converters",
     "tests": "all tests; markers gpu and slow",
 }
 WIDTH = 34

@@ -19,6 +19,7 @@ OPTIONAL = (
     "hypothesis",
     "lmms_eval",
     "matplotlib",
+    "openpyxl",
     "pandas",
     "peft",
     "psutil",

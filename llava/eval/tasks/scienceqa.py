@@ -34,6 +34,11 @@ def parse_choice(text: str, options: Sequence[str] = OPTIONS) -> str:
         return text
     if len(text) >= 3 and text[0] in list(options) and text[1:3] == ". ":
         return text[0]
+    return sentence_choice(text)
+
+
+def sentence_choice(text: str) -> str:
+    """Read the letter in an answer's one sentence "The answer is X", or "FAILED"."""
     letters = _SENTENCE.findall(text)
     return letters[0] if len(letters) == 1 else FAILED
 

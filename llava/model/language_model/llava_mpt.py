@@ -34,4 +34,8 @@ class LlavaMptForCausalLM:
         raise NotImplementedError(_MESSAGE)
 
 
+class LlavaMptModel(LlavaMptForCausalLM):
+    """Placeholder for the decoder inside LLaVA's MPT model; refuses as well."""
+
+
 AutoConfig.register("llava_mpt", LlavaMptConfig, exist_ok=True)

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # MSRVTT-QA, scored by rules; python -m llava.eval.judge lets a chat model judge the answers.
-# bash scripts/v1_5/eval/msrvtt.sh --model-path MODEL [flags of python -m llava.eval]
+# bash scripts/v1_5/eval/msrvtt.sh [--model-path MODEL] [flags of python -m llava.eval]
 exec bash "$(dirname "${BASH_SOURCE[0]}")/run.sh" msrvtt_qa "$@"

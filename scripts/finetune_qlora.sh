@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Instruction tuning on 80k conversations with LoRA adapters on a 4-bit base.
+# LLaVA's first generation, not LLaVA-1.5 (that is scripts/v1_5). Edit the paths; run from the repository's root.
+set -euo pipefail
+
+# For LLaMA-2: PROMPT_VERSION=llava_llama_2 MODEL_VERSION=llama-2-7b-chat
+PROMPT_VERSION=${PROMPT_VERSION:-v1}
+MODEL_VERSION=${MODEL_VERSION:-vicuna-v1-3-7b}
+
+deepspeed llava/train/train_mem.py \
+    --deepspeed ./scripts/zero2.json \
+    --lora_enable True --bits 4 \
+    --model_name_or_path ./checkpoints/$MODEL_VERSION --version $PROMPT_VERSION \
+    --data_path ./playground/data/llava_instruct_80k.json --image_folder ./playground/data/coco/train2017 \
+    --vision_tower openai/clip-vit-large-patch14 --mm_vision_select_layer -2 \
+    --pretrain_mm_mlp_adapter ./checkpoints/llava-$MODEL_VERSION-pretrain/mm_projector.bin \
+    --mm_use_im_start_end False --mm_use_im_patch_token False \
+    --output_dir ./checkpoints/llava-$MODEL_VERSION-finetune_lora \
+    --num_train_epochs 1 --per_device_train_batch_size 16 --per_device_eval_batch_size 4 \
+    --gradient_accumulation_steps 1 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine \
+    --bf16 True --tf32 True --gradient_checkpointing True --model_max_length 2048 \
+    --evaluation_strategy no --save_strategy steps --save_steps 50000 --save_total_limit 1 \
+    --dataloader_num_workers 4 --lazy_preprocess True --logging_steps 1 --report_to wandb

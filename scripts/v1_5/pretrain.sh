@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Stage 1: the projector on 558k captions.
+# LLaVA-1.5's script for 8 devices. Edit the paths; run from the repository's root.
+set -euo pipefail
+
+deepspeed llava/train/train_mem.py \
+    --deepspeed ./scripts/zero2.json \
+    --model_name_or_path lmsys/vicuna-13b-v1.5 --version plain \
+    --data_path ./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json \
+    --image_folder ./playground/data/LLaVA-Pretrain/images \
+    --vision_tower openai/clip-vit-large-patch14-336 --mm_vision_select_layer -2 --mm_projector_type mlp2x_gelu \
+    --tune_mm_mlp_adapter True \
+    --mm_use_im_start_end False --mm_use_im_patch_token False \
+    --output_dir ./checkpoints/llava-v1.5-13b-pretrain \
+    --num_train_epochs 1 --per_device_train_batch_size 32 --per_device_eval_batch_size 4 \
+    --gradient_accumulation_steps 1 --learning_rate 1e-3 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine \
+    --bf16 True --tf32 True --gradient_checkpointing True --model_max_length 2048 \
+    --evaluation_strategy no --save_strategy steps --save_steps 24000 --save_total_limit 1 \
+    --dataloader_num_workers 4 --lazy_preprocess True --logging_steps 1 --report_to wandb
