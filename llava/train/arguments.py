@@ -159,7 +159,8 @@ class TrainingArguments(OldFlags, transformers.TrainingArguments):
     def __post_init__(self) -> None:
         self.carry_over()
         self._check()
-        # No flags: copies of the model's flags for the trainer.
+        # No flags: what the run was begun with, and copies of the model's flags for the trainer.
+        self.begun_with: dict[str, Any] = {}
         self.tune_mm_mlp_adapter = False
         self.use_im_start_end = False
         self.log_to_wandb = self._take_wandb()

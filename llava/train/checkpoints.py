@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,81 +55,91 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: step_of(path) or 0)
 
 
-def refuse_deepspeed_state(folder: Path) -> None:
-    """Say so if a run without DeepSpeed is about to resume one with it.
+def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files below a folder, by name; several are read at a time."""
 
-    Raises:
-        CheckpointError: the folder holds DeepSpeed's state only.
-    """
-    if not (folder / "optimizer.pt").is_file() and list(folder.glob("global_step*")):
-        raise CheckpointError(f"{folder} was saved by a run with --deepspeed; resume it with --deepspeed")
+    def digest(name: str) -> str:
+        total = hashlib.sha256()
+        with open(folder / name, "rb") as file:
+            while block := file.read(1 << 24):
+                total.update(block)
+        return total.hexdigest()
+
+    names = list(names)
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file below a folder, by name."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def mark_complete(folder: Path, **facts: Any) -> None:
-    """Write the marker that makes a checkpoint count; it lists every file and its size. Call it last, on one rank."""
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Write the marker that makes a checkpoint count: every file with size and checksum. Call it last, on one rank."""
+    files = sizes(folder)
     files.pop(MARKER, None)
-    write_json_atomically(folder / MARKER, {"files": files, "time": time.time(), **facts})
+    content = {"files": files, "sha256": checksums(folder, files), "time": time.time()}
+    write_json_atomically(folder / MARKER, content | facts)
 
 
-def defect_of(folder: Path) -> str | None:
-    """Say what is wrong with a checkpoint; None when it is whole."""
-    marker = folder / MARKER
-    if not marker.is_file():
-        return f"it has no {MARKER}: the run ended while it was being saved"
+def read_marker(path: Path) -> dict[str, Any]:
+    """Read the marker of a checkpoint or of a finished run.
+
+    Returns:
+        What it says; `files` maps names to sizes, and `sha256`, where it is there, the same names to checksums.
+
+    Raises:
+        CheckpointError: it cannot be read, or says nothing about files.
+    """
     try:
-        files = json.loads(marker.read_text(encoding="utf-8"))["files"]
-    except (json.JSONDecodeError, KeyError, OSError) as err:
-        return f"{MARKER} cannot be read ({err})"
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    return None
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as err:
+        raise CheckpointError(f"{path.name} cannot be read ({err})") from err
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{path.name} names no files")
+    sums = content.get("sha256", dict.fromkeys(files))
+    if not isinstance(sums, dict) or set(sums) != set(files):
+        raise CheckpointError(f"{path.name} has checksums of other files than it names")
+    return content
 
 
-def last_complete(output_dir: str | Path) -> Path | None:
-    """Newest whole checkpoint; broken ones are reported and passed over."""
+def defect_of(folder: Path, contents: bool = True, marker: str = MARKER) -> str | None:
+    """Say what is wrong with a checkpoint; None when it is whole.
+
+    Args:
+        folder: the checkpoint.
+        contents: read every file and compare checksums; False compares sizes only.
+        marker: name of the marker.
+    """
+    if not (folder / marker).is_file():
+        return f"it has no {marker}: the run ended while it was being saved"
+    try:
+        said = read_marker(folder / marker)
+        found = sizes(folder)
+        for name, size in said["files"].items():
+            if name not in found:
+                return f"{name} is missing"
+            if found[name] != size:
+                return f"{name} has {found[name]} bytes instead of {size}"
+        expected = said.get("sha256") if contents else None
+        actual = checksums(folder, expected) if expected else {}
+    except (CheckpointError, OSError) as err:
+        return str(err)
+    return next(
+        (f"{name} has other contents than were saved" for name in actual if actual[name] != expected[name]), None
+    )
+
+
+def last_complete(output_dir: str | Path, contents: bool = True) -> Path | None:
+    """Newest whole checkpoint; broken ones are reported and passed over. `contents` as in `defect_of`."""
     for folder in reversed(checkpoints(output_dir)):
-        defect = defect_of(folder)
+        defect = defect_of(folder, contents)
         if defect is None:
             return folder
         logger.warning("%s is not used: %s", folder, defect)
     return None
-
-
-def resolve_resume(output_dir: str | Path, requested: str | bool | None) -> Path | None:
-    """Choose the checkpoint to go on from.
-
-    Args:
-        output_dir: of the run; its newest whole checkpoint is used when nothing else is requested.
-        requested: `--resume_from_checkpoint`: a folder, True, or None; False starts from the beginning.
-
-    Returns:
-        The folder, or None to start from the beginning.
-
-    Raises:
-        CheckpointError: the requested folder is missing or broken.
-    """
-    text = str(requested).lower()
-    if text == "false":
-        return None
-    if requested is None or text == "true":
-        return last_complete(output_dir)
-    folder = Path(str(requested))
-    if not folder.is_dir():
-        raise CheckpointError(f"--resume_from_checkpoint {folder}: there is no such folder")
-    if (folder / MARKER).is_file():
-        defect = defect_of(folder)
-        if defect:
-            raise CheckpointError(f"--resume_from_checkpoint {folder}: {defect}")
-    elif not (folder / "trainer_state.json").is_file():
-        raise CheckpointError(
-            f"--resume_from_checkpoint {folder}: it has no trainer_state.json, so it is not a checkpoint"
-        )
-    return folder
 
 
 def rotate(output_dir: str | Path, limit: int | None, keep: Path) -> None:
@@ -140,48 +151,11 @@ def rotate(output_dir: str | Path, limit: int | None, keep: Path) -> None:
         keep: the checkpoint that was just completed.
     """
     older = [path for path in checkpoints(output_dir) if (step_of(path) or 0) < (step_of(keep) or 0)]
-    broken = [path for path in older if defect_of(path) is not None]
+    broken = [path for path in older if defect_of(path, contents=False) is not None]
     whole = [path for path in older if path not in broken]
     surplus = whole[: max(0, len(whole) + 1 - limit)] if limit else []
     for path in broken + surplus:
         shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def exclusive(output_dir: str | Path, patience: float = 300.0) -> Iterator[None]:
-    """Let only one run at a time write to an output folder; wait for one that is still saving.
-
-    Args:
-        output_dir: of the run.
-        patience: seconds to wait.
-
-    Raises:
-        CheckpointError: another run still holds the folder.
-    """
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        yield
-        return
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as err:
-                if time.monotonic() > deadline:
-                    raise CheckpointError(
-                        f"{folder} is in use by another run; wait for it, or give this one its own --output_dir"
-                    ) from err
-                logger.warning("waiting for another run that still writes to %s", folder)
-                time.sleep(2)
-            except OSError as err:
-                logger.warning("%s cannot be locked (%s): make sure that only one run uses it", folder, err)
-                break
-        yield
 
 
 def folder_bytes(folder: Path) -> int:
@@ -195,8 +169,8 @@ def save_failure(folder: Path, err: BaseException) -> CheckpointError:
     shutil.rmtree(folder, ignore_errors=True)
     root = folder.parent
     free = shutil.disk_usage(root).free if root.is_dir() else 0
-    kept = last_complete(root)
-    safe = f"{kept} is whole: the same command resumes from it" if kept else "no checkpoint was complete yet"
+    kept = last_complete(root, contents=False)
+    safe = f"{kept} is whole: the same command goes on from it" if kept else "no checkpoint was complete yet"
     return CheckpointError(
         f"could not save {folder} ({err}). {written / 1e6:.1f} MB had been written and were removed; that disk has "
         f"{free / 1e9:.2f} GB free now. Free some space or choose another --output_dir; {safe}."

@@ -31,6 +31,7 @@ from llava.eval.plans import Geometry, Plan, choose_methods, draws, numbers, sol
 from llava.eval.plots import against_cost
 from llava.eval.report import columns, number, read_records
 from llava.eval.tables import conditions, content, markdown, write_csv
+from llava.jsonl import read_lines
 from llava.model.multimodal_encoder.clip_encoder import tower_geometry
 from llava.train.checkpoints import write_json_atomically
 from llava.train.launch import Runner, build_tiny_data, comparable, run_stage
@@ -120,8 +121,8 @@ def measured(log: Path) -> dict[str, Any]:
     Raises:
         ValueError: the run was too short to time a step.
     """
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if line["kind"] == "metrics" and "seconds_per_step" in line]
+    lines = read_lines(log)
+    steps = [line for line in lines if line.get("kind") == "metrics" and "seconds_per_step" in line]
     if not steps:
         raise ValueError(f"{log} has no timed step; train more steps than --logging_steps, or lower that")
     steady = steps[1:] or steps

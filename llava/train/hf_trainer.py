@@ -10,9 +10,8 @@ from torch import nn
 
 from duet.families import FAMILIES
 from llava.model.checkpoints import gathered
-from llava.train import checkpoints
 from llava.train.hf_model import projectors
-from llava.train.llava_trainer import LLaVATrainer
+from llava.train.llava_trainer import ADAPTER_FILE, LLaVATrainer
 from llava.train.lora import get_mm_adapter_state_maybe_zero_3, load_adapter
 from llava.train.optim import part_of
 
@@ -43,6 +42,10 @@ class HfTrainer(LLaVATrainer):
         """What a save writes: `adapter` or `full`."""
         return "adapter" if self.args.lora_enable else "full"
 
+    def weight_names(self) -> list[str] | None:
+        """Files of a checkpoint that hold what learns; PEFT keeps a projector that learns in the adapter's file."""
+        return [ADAPTER_FILE] if self.save_kind() == "adapter" else None
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write Hugging Face's files: the whole model, or PEFT's adapter with the model's configuration beside it.
 
@@ -63,7 +66,6 @@ class HfTrainer(LLaVATrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target: Any = self.model if model is None else model
         folder = Path(resume_from_checkpoint)
-        checkpoints.refuse_deepspeed_state(folder)
         if self.save_kind() == "adapter":
             load_adapter(target, folder)
             return

@@ -17,11 +17,14 @@ from transformers import Trainer
 import duet
 from duet.attach import base_model
 from llava.constants import IGNORE_INDEX
-from llava.model.checkpoints import load_partial, read_tensors, to_own_key, weight_files
+from llava.model.checkpoints import load_partial, read_tensors, to_own_key
 from llava.train import checkpoints
 from llava.train.lora import get_mm_adapter_state_maybe_zero_3, load_adapter, maybe_zero_3
 from llava.train.meter import StepMeter
 from llava.train.optim import parameter_groups, part_of
+from llava.train.other_ranks import for_these_ranks, keep_groups, restore_groups
+from llava.train.resume import lacking, shards
+from llava.train.run_folder import SETTINGS
 from llava.train.run_log import RunLog, draw_kept_tokens
 from llava.train.sampler import (
     LengthGroupedSampler,
@@ -43,6 +46,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SAMPLE_IDS = "sample_ids"
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -90,6 +94,7 @@ class LLaVATrainer(Trainer):
         self.model_accepts_loss_kwargs = getattr(self.args, "loss_normalization", "per_device") == "global"
         self.run_log = run_log or RunLog("", {}, active=False)
         self.stopped_at: int | None = None
+        self.resumed_at: int | None = None
         self.image_processor = image_processor
         self.meter = StepMeter()
         self.meter.watch_model(self.model)
@@ -146,12 +151,20 @@ class LLaVATrainer(Trainer):
 
     # ---- one step
 
+    def is_over(self) -> bool:
+        """True when every step of the run has been taken."""
+        return 0 < self.state.max_steps <= self.state.global_step
+
     def _will_log(self) -> bool:
         every = self.state.logging_steps or 0
         return every > 0 and (self.state.global_step + 1) % every == 0
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the batches of one optimizer step, and time it."""
+        if self.is_over():
+            # transformers would take one more step before it looks at the limit.
+            self.control.should_training_stop = True
+            return [], None
         self.meter.measure(self._will_log())
         self.meter.start("data")
         try:
@@ -305,6 +318,8 @@ class LLaVATrainer(Trainer):
         """
         del metrics
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.state.global_step == self.resumed_at:
+            return  # no step was taken since: what is saved is this
         begin = time.perf_counter()
         # What an interrupted save left behind must not be mixed with the new files.
         self.accelerator.wait_for_everyone()
@@ -316,6 +331,9 @@ class LLaVATrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                settings = Path(self.args.output_dir) / SETTINGS
+                if settings.is_file():
+                    shutil.copyfile(settings, folder / SETTINGS)
                 checkpoints.mark_complete(
                     folder, step=self.state.global_step, kind=self.save_kind(), world_size=self.args.world_size
                 )
@@ -342,27 +360,52 @@ class LLaVATrainer(Trainer):
 
     # ---- resuming
 
+    def weight_names(self) -> list[str] | None:
+        """Files of a checkpoint that hold what learns; None for a whole model, in one file or in shards."""
+        kind = self.save_kind()
+        if kind == "full":
+            return None
+        if kind == "projector":
+            return [checkpoints.PROJECTOR_FILE]
+        others = any(value.requires_grad and "lora_" not in name for name, value in self.model.named_parameters())
+        return [ADAPTER_FILE, checkpoints.NON_LORA_FILE] if others else [ADAPTER_FILE]
+
+    def needs(self, folder: Path) -> list[str]:
+        """What a checkpoint lacks for this run; see `resume.lacking`."""
+        found = lacking(folder, self.weight_names(), self.is_deepspeed_enabled)
+        if not found and not list(folder.glob("rng_state*.pth")):
+            logger.warning("%s has no random state: dropout will draw other numbers than it would have", folder)
+        return found
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        path, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=not self._has_frozen())
+        with for_these_ranks(Path(resume_from_checkpoint), self.args) as place:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            groups = keep_groups(self.optimizer)
+            path, _ = self.model_wrapped.load_checkpoint(place, load_module_strict=not self._has_frozen())
         if path is None:
-            raise checkpoints.CheckpointError(
-                f"{resume_from_checkpoint} has no DeepSpeed state: it was saved without --deepspeed, so resume it "
-                "without, or start from its weights with --model_name_or_path"
-            )
+            raise checkpoints.CheckpointError(f"{resume_from_checkpoint} has no DeepSpeed state that can be read")
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        if str(place) != resume_from_checkpoint:
+            restore_groups(self.optimizer, groups, self.lr_scheduler)
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target: Any = self.model if model is None else model
         folder = Path(resume_from_checkpoint)
-        checkpoints.refuse_deepspeed_state(folder)
         kind = self.save_kind()
         if kind == "adapter":
             load_adapter(target, folder)
             return
-        for file in weight_files(str(folder)) if kind == "full" else [str(folder / checkpoints.PROJECTOR_FILE)]:
-            tensors = {to_own_key(key): value for key, value in read_tensors(file).items()}
-            load_partial(target, tensors, file)
+        files = shards(folder) if kind == "full" else [folder / checkpoints.PROJECTOR_FILE]
+        loaded: set[str] = set()
+        for file in files:
+            tensors = {to_own_key(key): value for key, value in read_tensors(str(file)).items()}
+            loaded.update(load_partial(target, tensors, str(file)))
+        learns = {name for name, parameter in target.named_parameters() if parameter.requires_grad}
+        if learns - loaded:
+            raise checkpoints.CheckpointError(
+                f"{folder}: {len(learns - loaded)} weights that are trained are in no file of this checkpoint, e.g. "
+                f"{min(learns - loaded)}"
+            )

@@ -162,6 +162,9 @@ def load_adapter(model: Any, folder: str | Path) -> None:
         raise ValueError(
             f"{folder}: {len(result.unexpected_keys)} adapter weights fit nothing, e.g. {result.unexpected_keys[0]}"
         )
+    absent = [name for name in result.missing_keys if "lora_" in name]
+    if absent:
+        raise ValueError(f"{folder}: {len(absent)} adapter weights are missing, e.g. {absent[0]}")
     rest = folder / "non_lora_trainables.bin"
     if rest.is_file():
         load_partial(model, read_tensors(str(rest)), str(rest))

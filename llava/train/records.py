@@ -11,11 +11,12 @@ import math
 import os
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.jsonl import append_line, read_lines
 
 Record = dict[str, Any]
 Turn = dict[str, str]
@@ -67,15 +68,12 @@ class BadSampleLog:
     def add(self, bad: BadRecord) -> None:
         """Append one record; one short write, so that several processes do not mix their lines."""
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
+        append_line(self.path, asdict(bad))
 
     def read(self) -> list[BadRecord]:
         """Return every record once, in the order in which they were first met."""
-        if not os.path.exists(self.path):
-            return []
-        with open(self.path, encoding="utf-8") as file:
-            found = [BadRecord(**json.loads(line)) for line in file if line.strip()]
+        names = {field.name for field in fields(BadRecord)}
+        found = [BadRecord(**row) for row in read_lines(self.path) if set(row) == names]
         return list({(bad.file, bad.index): bad for bad in found}.values())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import logging
 import math
 import netrc
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from llava.jsonl import append_line
 from llava.train import runtime
 
 logger = logging.getLogger(__name__)
@@ -178,8 +178,7 @@ class RunLog:
             return
         record = {"kind": kind, "time": round(time.time(), 3), **jsonable(content)}
         try:
-            with open(self.output_dir / LOG_FILE, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_line(self.output_dir / LOG_FILE, record)
         except OSError as err:
             # A full disk must not end a run for the sake of a log line; the next checkpoint reports it properly.
             logger.warning("%s could not be written: %s", self.output_dir / LOG_FILE, err)

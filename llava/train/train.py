@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from llava.train import checkpoints, runtime, star
+from llava.train import checkpoints, run_folder, runtime, star
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments, parse_arguments
 from llava.train.build import build, smart_tokenizer_and_embedding_resize
 from llava.train.callbacks import EXIT_STOPPED, EpochCallback, FrozenCallback, LogCallback, StopCallback, StopSignal
@@ -36,6 +36,7 @@ from llava.train.lora import (
     maybe_zero_3,
 )
 from llava.train.optim import trainable_table
+from llava.train.resume import resolve_resume
 from llava.train.run_log import RunLog, describe_run
 from llava.train.star import *  # noqa: F403 - LLaVA's clients take these names from here
 
@@ -112,8 +113,16 @@ def run(args: RunArguments, attn_implementation: str | None = None, stop: StopSi
         stop: watches SIGTERM; default: nobody does.
 
     Returns:
-        True when the run was stopped by a signal (a checkpoint was saved), False when it finished.
+        True when the run was stopped by a signal (a checkpoint was saved), False when it finished, now or before.
+
+    Raises:
+        CheckpointError: the output folder is in use, cannot be written, or holds a run with other settings.
     """
+    return run_folder.in_own_folder(args, lambda: build_and_fit(args, attn_implementation, stop or StopSignal()))
+
+
+def build_and_fit(args: RunArguments, attn_implementation: str | None, stop: StopSignal) -> bool:
+    """Do what `run` does, in a folder that is this run's own."""
     attention, notice = runtime.resolve_attention(args.model.attn_implementation or attn_implementation)
     if notice:
         logger.warning(notice)
@@ -126,7 +135,7 @@ def run(args: RunArguments, attn_implementation: str | None = None, stop: StopSi
 
         dry_run(args, model, tokenizer, data)
         return False
-    return fit(args, model, tokenizer, data, stop or StopSignal())
+    return fit(args, model, tokenizer, data, stop)
 
 
 def load_data(args: RunArguments, tokenizer: Any) -> dict[str, Any]:
@@ -281,11 +290,17 @@ def fit(
     """
     training = args.training
     check_output(args, model, tokenizer)
+    run_folder.check_data(args, data["train_dataset"].dataset)
     trainer = make(args, model, tokenizer, data, stop)
-    resume = checkpoints.resolve_resume(training.output_dir, training.resume_from_checkpoint)
+    chosen = run_folder.agreed(
+        lambda: resolve_resume(training.output_dir, training.resume_from_checkpoint, trainer.needs)
+    )
+    resume: Path | None = chosen
     if resume is not None:
         logger.info("resuming from %s", resume)
         trainer.run_log.write("resume", {"checkpoint": str(resume)})
+        if resume.parent.resolve() == Path(training.output_dir).resolve():
+            trainer.resumed_at = checkpoints.step_of(resume)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.save_state()
     stopped = trainer.stopped_at
@@ -294,9 +309,10 @@ def fit(
         trainer.run_log.write("stopped", {"step": stopped, "reason": "SIGTERM"})
         trainer.run_log.close()
         if training.process_index == 0:
-            logger.warning(
-                "SIGTERM: saved %s/checkpoint-%d; the same command resumes from it", training.output_dir, stopped
-            )
+            next_start = "the same command resumes from it"
+            if training.save_only_model:
+                next_start = "it holds weights only (--save_only_model True), so no run can resume from it"
+            logger.warning("SIGTERM: saved %s/checkpoint-%d; %s", training.output_dir, stopped, next_start)
         return True
     model.config.use_cache = True
     try:
@@ -304,13 +320,13 @@ def fit(
     except Exception as err:
         if not checkpoints.looks_like_write_failure(err):
             raise
-        last = checkpoints.last_complete(training.output_dir)
+        last = checkpoints.last_complete(training.output_dir, contents=False)
         raise checkpoints.CheckpointError(
             f"training finished, but the model could not be written to {training.output_dir} ({err}). Nothing is lost: "
             f"{last} is whole. Free some space and give the same command again"
         ) from err
     if training.process_index == 0:
-        checkpoints.write_json_atomically(Path(training.output_dir) / checkpoints.RUN_MARKER, summary(trainer))
+        run_folder.mark_finished(Path(training.output_dir), summary(trainer))
     trainer.run_log.write("finished", {"step": trainer.state.global_step})
     trainer.run_log.close()
     return False

@@ -22,6 +22,7 @@ from llava.train.hf_data import HfCollator, HfDataset, check_videos
 from llava.train.hf_model import build, prepare_for_zero3, takes_videos
 from llava.train.hf_trainer import HfTrainer
 from llava.train.optim import trainable_table
+from llava.train.run_folder import in_own_folder
 from llava.train.train import add_callbacks, check_data, fit, set_up_logging, start_log
 
 # Named, because this module is `__main__` when it is started with `python -m`.
@@ -43,8 +44,16 @@ def run(args: Any, stop: StopSignal | None = None) -> bool:
     """Build, check, train and save.
 
     Returns:
-        True when the run was stopped by a signal (a checkpoint was saved), False when it finished.
+        True when the run was stopped by a signal (a checkpoint was saved), False when it finished, now or before.
+
+    Raises:
+        CheckpointError: the output folder is in use, cannot be written, or holds a run with other settings.
     """
+    return in_own_folder(args, lambda: build_and_fit(args, stop or StopSignal()))
+
+
+def build_and_fit(args: Any, stop: StopSignal) -> bool:
+    """Do what `run` does, in a folder that is this run's own."""
     attention, notice = runtime.resolve_attention(args.model.attn_implementation)
     if notice:
         logger.warning(notice)
@@ -57,7 +66,7 @@ def run(args: Any, stop: StopSignal | None = None) -> bool:
 
         dry_run(args, model, chat, data)
         return False
-    return fit(args, model, chat.processor, data, stop or StopSignal(), make_trainer)
+    return fit(args, model, chat.processor, data, stop, make_trainer)
 
 
 def load_data(args: Any, chat: Chat, videos: bool) -> dict[str, Any]:
