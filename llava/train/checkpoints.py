@@ -123,8 +123,8 @@ def defect_of(folder: Path, contents: bool = True, marker: str = MARKER) -> str 
                 return f"{name} is missing"
             if found[name] != size:
                 return f"{name} has {found[name]} bytes instead of {size}"
-        expected = said.get("sha256") if contents else None
-        actual = checksums(folder, expected) if expected else {}
+        expected: dict[str, str] = said.get("sha256", {}) if contents else {}
+        actual = checksums(folder, expected)
     except (CheckpointError, OSError) as err:
         return str(err)
     return next(
