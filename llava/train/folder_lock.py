@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from llava.train.checkpoints import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -118,11 +116,16 @@ def _lives_here(path: Path) -> bool:
     """Whether the process that a lock file names runs on this machine, where the disk knows no locks."""
     try:
         said = json.loads(path.read_bytes())
-        begun = datetime.datetime.fromisoformat(said["since"]).timestamp()
-        own = said["host"] == socket.gethostname() and said["pid"] != os.getpid()
-        # A process that was started later only has the same number.
-        return own and psutil.Process(said["pid"]).create_time() <= begun + 1
-    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        if said["host"] != socket.gethostname() or said["pid"] == os.getpid():
+            return False
+        os.kill(said["pid"], 0)
+        # Of a process that was started later the file is older: it only has the same number.
+        return Path(f"/proc/{said['pid']}").stat().st_ctime <= path.stat().st_mtime + 1
+    except PermissionError:
+        return True  # it lives, and is somebody else's
+    except FileNotFoundError:
+        return path.is_file()  # a system without /proc
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return False
 
 
