@@ -115,7 +115,7 @@ def attach(model: nn.Module, config: DuetConfig | None = None, *, text_encoder: 
     if _handle(model) is not None:
         raise ValueError("DUET is already attached to this model; call duet.detach(model) first")
     family = families.find(model)
-    config = config or DuetConfig.from_model_config(model.config)
+    config = DuetConfig.from_model_config(model.config) if config is None else DuetConfig.require(config)
     if config is None:
         raise ValueError(
             "no configuration: pass a DuetConfig, for example DuetConfig.preset('llava-1.5-7b', tokens=192)"

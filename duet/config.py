@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from duet import budget
+from duet.checks import (
+    check_choice,
+    check_count,
+    check_depth,
+    check_name,
+    check_seed,
+    clean_across_frames,
+    clean_counts_or_shares,
+    clean_options,
+    clean_queries,
+    clean_schedule,
+    shown,
+)
 from duet.presets import PRESETS
 
 QUERIES = ("last", "all", "salient")
@@ -75,13 +87,18 @@ class DuetConfig:
     across_frames: int | float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "schedule", _clean_schedule(self.schedule))
-        if isinstance(self.queries, list):
-            object.__setattr__(self, "queries", tuple(self.queries))
         self._check_stage1()
         self._check_stage2()
-        object.__setattr__(self, "options", _clean_options(self.options, self.stage1, self.stage2))
+        given = isinstance(self.options, Mapping) and self.options
+        known = declared_options(self.stage1, self.stage2) if given else {}
+        methods = f"stage1={self.stage1!r} and stage2={self.stage2!r}"
+        self._store(options=clean_options(self.options, known, methods))
         self._check_methods()
+
+    def _store(self, **values: Any) -> None:
+        """Replace fields by their checked form; for the constructor alone."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def _check_methods(self) -> None:
         from duet.stage1 import VISION_REDUCERS
@@ -92,18 +109,13 @@ class DuetConfig:
         LANGUAGE_REDUCERS.check(self.stage2, self)
 
     def _check_stage1(self) -> None:
-        for name in ("dominant", "contextual"):
-            _check_count_or_share(name, getattr(self, name))
-        if self.in_shares and not 0 < self.dominant + self.contextual <= 1:
-            raise ValueError(
-                f"dominant and contextual must both be counts or both be shares that add up to at most 1, got "
-                f"{self.dominant!r} and {self.contextual!r}"
-            )
-        _check_count("cluster_width", self.cluster_width, least=1)
-        _check_count("salient_tokens", self.salient_tokens, least=1)
-        _check_choice("variant", self.variant, VARIANTS)
-        _check_choice("per", self.per, PER)
-        _check_across_frames(self.across_frames)
+        dominant, contextual = clean_counts_or_shares(self.dominant, self.contextual)
+        self._store(dominant=dominant, contextual=contextual, across_frames=clean_across_frames(self.across_frames))
+        check_count("cluster_width", self.cluster_width, least=1)
+        check_count("salient_tokens", self.salient_tokens, least=1)
+        check_choice("variant", self.variant, VARIANTS)
+        check_choice("per", self.per, PER)
+        check_name("stage1", self.stage1)
         if self.stage1 != "none":
             from duet.stage1 import VISION_REDUCERS
 
@@ -116,17 +128,15 @@ class DuetConfig:
     def _check_stage2(self) -> None:
         from duet.stage2 import LANGUAGE_REDUCERS
 
+        self._store(schedule=clean_schedule(self.schedule), queries=clean_queries(self.queries, QUERIES))
+        check_name("stage2", self.stage2)
         if self.schedule or self.stage2 != _STAGE2:  # DUET's own, where nothing asks for it, may be absent
             LANGUAGE_REDUCERS.get(self.stage2)
-        _check_count("seed", self.seed, least=0)
-        _check_choice("positions", self.positions, POSITIONS)
-        if isinstance(self.queries, str):
-            _check_choice("queries", self.queries, QUERIES)
-        elif not self.queries or not all(isinstance(i, int) for i in self.queries):
-            raise ValueError(f"queries must be one of {QUERIES} or a non-empty tuple of ints, got {self.queries!r}")
+        check_seed(self.seed)
+        check_choice("positions", self.positions, POSITIONS)
         if self.depth is not None:
-            _check_count("depth", self.depth, least=1)
-            _check_schedule_depth(self.schedule, self.depth)
+            check_count("depth", self.depth, least=1)
+            check_depth(self.schedule, self.depth)
 
     def __hash__(self) -> int:
         return hash(json.dumps(self.to_dict(), sort_keys=True))
@@ -185,9 +195,10 @@ class DuetConfig:
         Raises:
             ValueError: no such preset or row; the message lists what there is.
         """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; known: {', '.join(sorted(PRESETS))}")
+        if not isinstance(name, str) or name not in PRESETS:
+            raise ValueError(f"unknown preset {shown(name)}; known: {', '.join(sorted(PRESETS))}")
         rows = PRESETS[name]
+        check_count("tokens", tokens, least=1)
         if tokens not in rows:
             raise ValueError(
                 f"preset {name!r} has rows {sorted(rows)}, not {tokens}; use budget.solve_entering for others"
@@ -217,7 +228,7 @@ class DuetConfig:
             if len({layer for layer, _ in scaled}) < len(scaled) or any(layer < 1 for layer, _ in scaled):
                 raise ValueError(f"schedule {dict(schedule)} for {self.depth} layers does not fit into {num_layers}")
             schedule = dict(scaled)
-        _check_schedule_depth(schedule, num_layers)
+        check_depth(schedule, num_layers)
         return replace(self, schedule=schedule, depth=num_layers)
 
     def validate(self, patches: int | None, num_layers: int, class_token: bool = True) -> None:
@@ -300,10 +311,12 @@ class DuetConfig:
         """Read what ``to_dict`` wrote.
 
         Raises:
-            ValueError: an unknown field; the message lists the known ones.
+            ValueError: it is no mapping, a field is unknown (the message lists the known ones) or out of range.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a duet configuration maps names of fields to values, got {shown(values)}")
         known = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(name if isinstance(name, str) else shown(name) for name in values if name not in known)
         if unknown:
             raise ValueError(
                 f"unknown field(s) {', '.join(unknown)} in the duet configuration; known: {', '.join(known)}"
@@ -312,9 +325,31 @@ class DuetConfig:
 
     @classmethod
     def from_model_config(cls, config: object) -> DuetConfig | None:
-        """Return what a model's configuration carries under ``"duet"``, or None."""
+        """Return what a model's configuration carries under ``"duet"``, or None.
+
+        Raises:
+            ValueError: the entry is broken; the message says whose it is.
+        """
         stored = getattr(config, CONFIG_KEY, None)
-        return None if stored is None else cls.from_dict(stored)
+        if stored is None:
+            return None
+        try:
+            return cls.from_dict(stored)
+        except ValueError as error:
+            whose = getattr(config, "_name_or_path", None) or f"a {type(config).__name__}"
+            raise ValueError(f'the entry "{CONFIG_KEY}" in the configuration of {whose}: {error}') from error
+
+    @classmethod
+    def require(cls, config: object) -> DuetConfig:
+        """Return what a caller gave as a configuration, if it is one.
+
+        Raises:
+            ValueError: it is something else; the message says how to make one of it.
+        """
+        if isinstance(config, cls):
+            return config
+        how = "DuetConfig.from_dict reads a dictionary" if isinstance(config, Mapping) else "make one by its fields"
+        raise ValueError(f"the configuration must be a DuetConfig, got {shown(config)}; {how}")
 
 
 def declared_options(stage1: str, stage2: str) -> dict[str, Any]:
@@ -324,89 +359,3 @@ def declared_options(stage1: str, stage2: str) -> dict[str, Any]:
 
     vision = {} if stage1 == "none" else VISION_REDUCERS.options(stage1)
     return (LANGUAGE_REDUCERS.options(stage2) if stage2 in LANGUAGE_REDUCERS.names() else {}) | vision
-
-
-def _clean_options(options: Mapping[str, Any], stage1: str, stage2: str) -> dict[str, Any]:
-    """Return the options in alphabetical order, after checking names and values against what the methods declare."""
-    if not isinstance(options, Mapping):
-        raise ValueError(f"options must map names to values, got {options!r}")
-    known = declared_options(stage1, stage2) if options else {}
-    unknown = sorted(str(name) for name in set(options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"unknown option(s) {', '.join(unknown)} for stage1={stage1!r} and stage2={stage2!r}; "
-            f"known: {', '.join(sorted(known)) or 'none'}"
-        )
-    return {name: _clean_option(name, options[name], known[name]) for name in sorted(options)}
-
-
-def _clean_option(name: str, value: Any, default: Any) -> Any:
-    """Return the value if it is of the default's type, or one of its choices."""
-    if isinstance(default, tuple):
-        _check_choice(f"option {name}", value, default)
-        return value
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not type(default) or value in (math.inf, -math.inf) or value != value:
-        raise ValueError(
-            f"option {name} must be of type {type(default).__name__}, as its default {default!r}, got {value!r}"
-        )
-    return value
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
-def _check_count_or_share(name: str, value: object) -> None:
-    if not isinstance(value, float):
-        _check_count(name, value, least=0)
-    elif not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be a count (an integer) or a share between 0 and 1, got {value!r}")
-
-
-def _check_across_frames(value: object) -> None:
-    if isinstance(value, float) and not 0.0 < value < 1.0:
-        raise ValueError(
-            f"across_frames must be a count, a share between 0 and 1, or None to merge none, got {value!r}"
-        )
-    if value is not None and not isinstance(value, float):
-        _check_count("across_frames", value, least=1)
-
-
-def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def _clean_schedule(schedule: Mapping[int, float]) -> dict[int, float]:
-    """Return the schedule with int keys in ascending order, after checking ratios."""
-    if not isinstance(schedule, Mapping):
-        raise ValueError(f"schedule must map layers to keep ratios, for example {{16: 0.5, 24: 0.0}}, got {schedule!r}")
-    try:
-        clean = {int(layer): float(schedule[layer]) for layer in sorted(schedule, key=int)}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"schedule must map layers to keep ratios, got {dict(schedule)!r}") from error
-    previous = 1.0
-    for layer, ratio in clean.items():
-        if layer < 1:
-            raise ValueError(f"schedule layer {layer} must be at least 1: a stage acts after that many layers")
-        if not 0.0 <= ratio <= 1.0:
-            raise ValueError(f"keep ratio {ratio} at layer {layer} must lie in [0, 1]")
-        if ratio > previous:
-            raise ValueError(
-                f"keep ratio {ratio} at layer {layer} is larger than {previous} before it; ratios are relative to the "
-                "tokens that entered the first layer, so they cannot grow"
-            )
-        previous = ratio
-    return clean
-
-
-def _check_schedule_depth(schedule: Mapping[int, float], num_layers: int) -> None:
-    beyond = [layer for layer in schedule if layer >= num_layers]
-    if beyond:
-        raise ValueError(
-            f"schedule layer {beyond[0]} is beyond the model: a stage must act before the last of {num_layers} layers "
-            f"(1 to {num_layers - 1}); set depth=<layers the schedule was written for> to rescale it"
-        )

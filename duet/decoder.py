@@ -106,6 +106,7 @@ def run_decoder(
         return _continue(decoder, inputs_embeds, attention_mask, past_key_values, output_hidden_states, layer_kwargs)
     if use_cache:
         check_layer(decoder.layers[0])  # type: ignore[index, arg-type]
+    config = None if config is None else DuetConfig.require(config)
     reduces = config is not None and not (config.stage1 == "none" and not config.schedule)
     if not reduces:
         return _plain(

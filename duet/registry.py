@@ -44,7 +44,7 @@ class Registry(Generic[T]):
         Raises:
             ValueError: the name is malformed or already taken.
         """
-        if not _NAME.match(name):
+        if not isinstance(name, str) or not _NAME.match(name):
             raise ValueError(f"{self.kind} name {name!r} must be lower case and start with a letter")
 
         def add(entry: T) -> T:
@@ -65,7 +65,7 @@ class Registry(Generic[T]):
             ValueError: there is none; the message lists the known names.
         """
         self._discover()
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:
             raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self.names())}")
         return self._entries[name]
 

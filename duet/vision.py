@@ -50,6 +50,7 @@ def encode_vision(
         ValueError: the layer does not exist, the budget exceeds the patches, or ``tiles`` do not add up to B.
     Source: DUET-VLM Sec. 3.1.
     """
+    config = None if config is None else DuetConfig.require(config)
     body, depths = _parts(tower, select_layer)
     reduces = config is not None and config.stage1 != "none"
     patches = math.prod(_grid(pixel_values, body))

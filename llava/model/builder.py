@@ -170,6 +170,8 @@ def load_pretrained_model(
     kwargs = {key: value for key, value in kwargs.items() if key not in _IGNORED}
     flags = {item.name: kwargs.pop(item.name) for item in fields(ReductionArguments) if item.name in kwargs}
     overrides = dict(kwargs.pop("overwrite_config", None) or {})
+    if isinstance(duet_config, str | DuetConfig):
+        overrides["duet"] = None  # what the checkpoint says is not asked for, so it may be of a method unknown here
     options = _loading_options(load_8bit, load_4bit, device_map, device, use_flash_attn, kwargs)
     found = inspect_checkpoint(model_path)
     model: Any
@@ -354,13 +356,15 @@ def _finish_multimodal(model, tokenizer):
 
 
 def _apply_reduction(model, duet_config, flags: dict) -> None:
-    if isinstance(duet_config, str):
-        if duet_config != "none":
-            raise ValueError(f"duet_config={duet_config!r}: pass a DuetConfig, ReductionArguments, 'none' or None")
+    if duet_config == "none":
         model.set_reduction(None)
-    elif isinstance(duet_config, DuetConfig):
-        model.set_reduction(duet_config)
     elif isinstance(duet_config, ReductionArguments):
         model.set_reduction(duet_config.to_config(model.reduction))
+    elif isinstance(duet_config, DuetConfig):
+        model.set_reduction(duet_config)
+    elif duet_config is not None:
+        raise ValueError(f"duet_config={duet_config!r}: pass a DuetConfig, ReductionArguments, 'none' or None")
+    else:
+        model.check_reduction(model.reduction)
     if flags:
         model.set_reduction(ReductionArguments(**flags).to_config(model.reduction))

@@ -140,7 +140,7 @@ class LlavaMetaForCausalLM(ABC):
         holder = vars(vars(self).get("_duet", self))
         read, parsed = holder.get("_parsed_reduction", (None, None))
         if read != stored:
-            parsed = DuetConfig.from_dict(stored)
+            parsed = DuetConfig.from_model_config(self.config)
             holder["_parsed_reduction"] = (deepcopy(stored), parsed)
         return parsed
 
@@ -158,6 +158,18 @@ class LlavaMetaForCausalLM(ABC):
             if hasattr(self.config, "duet"):
                 del self.config.duet
             return
+        self.check_reduction(config)
+        self.config.duet = config.to_dict()
+
+    def check_reduction(self, config: DuetConfig | None) -> None:
+        """Refuse a reduction that does not fit this model.
+
+        Raises:
+            ValueError: It does not fit the tower or the decoder's depth, or is no reduction at all.
+        """
+        if config is None:
+            return
+        config = DuetConfig.require(config)
         if config.across_frames is not None:
             raise ValueError(
                 "across_frames merges the frames of a video, and this model reads every picture by itself; use "
@@ -171,7 +183,6 @@ class LlavaMetaForCausalLM(ABC):
         tower = self.get_vision_tower()
         if tower is not None:
             config.validate(patches=tower.num_patches, num_layers=self.config.num_hidden_layers, class_token=True)
-        self.config.duet = config.to_dict()
 
     def encode_images(
         self,

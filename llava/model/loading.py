@@ -8,6 +8,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from duet import DuetConfig
 from llava.model.checkpoints import HF_KEY_MAPPING, TOWER_PREFIX, report_mismatch
 from llava.model.hf_layout import base_vocabulary, config_from_hf, is_hf_llava
 
@@ -64,6 +65,9 @@ def load_pretrained(
         output_loading_info: Also return the host's report.
         config_overrides: Config values that replace what the checkpoint says, before the model is built.
         **kwargs: Passed on.
+
+    Raises:
+        ValueError: Weights do not belong to the model, or the config's entry "duet" is broken.
     """
     if path is None:
         return parent(path, *model_args, config=config, output_loading_info=output_loading_info, **kwargs)
@@ -80,6 +84,7 @@ def load_pretrained(
         config = make_config(cls.config_class, raw, kwargs)
     elif not isinstance(config, PreTrainedConfig):
         config = make_config(cls.config_class, read_config_dict(config, **kwargs), kwargs)
+    _check_reduction(config)
     language_only = not is_hf_llava(raw) and not raw.get("mm_vision_tower")
     model, info = parent(path, *model_args, config=config, output_loading_info=True, **kwargs)
     _check(model, info, path, projector_may_be_missing=language_only)
@@ -89,6 +94,13 @@ def load_pretrained(
         model.config.vocab_size = rows
     clean_generation_config(model.generation_config)
     return (model, info) if output_loading_info else model
+
+
+def _check_reduction(config: Any) -> None:
+    """Refuse a broken reduction before any weight is read, not when it is first used."""
+    reduction = DuetConfig.from_model_config(config)
+    if reduction is not None:
+        reduction.validate(patches=None, num_layers=config.num_hidden_layers)
 
 
 def _check(model, info: dict, path: str, projector_may_be_missing: bool) -> None:

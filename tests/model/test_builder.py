@@ -241,6 +241,28 @@ def test_the_reduction_of_the_checkpoint_and_of_the_flags(tmp_path):
         load(LLAVA, duet_config=DuetConfig(dominant=576, contextual=1, schedule={}))
 
 
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ([], "maps names of fields to values"),
+        ({"dominant": -3}, "dominant must be an integer"),
+        ({"stage1": "of_mine"}, "unknown vision reducer 'of_mine'"),
+        ({"schedule": {"40": 0.5}}, "layer 40 is beyond the model"),
+        ({"dominant": 700, "schedule": {}}, "576 tokens per image"),
+    ],
+)
+def test_a_broken_reduction_is_refused_when_it_is_loaded(tmp_path, entry, reason):
+    folder = copy_golden(tmp_path / "m", duet=entry)
+    for flags in (None, ReductionArguments()):
+        with pytest.raises(ValueError, match=reason):
+            load(folder, duet_config=flags)
+    if "576" not in reason:  # how many patches there are is known when the tower is
+        with pytest.raises(ValueError, match=reason):
+            LlavaLlamaForCausalLM.from_pretrained(folder)
+    assert load(folder, duet_config="none")[1].reduction is None
+    assert load(folder, duet_config=DUET)[1].reduction == DUET
+
+
 def test_towers_and_projectors_that_are_not_there(tmp_path):
     from types import SimpleNamespace
 
