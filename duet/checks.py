@@ -25,7 +25,7 @@ class FrozenDict(dict):
             "a DuetConfig cannot be changed in place; make another one with dataclasses.replace(config, ...)"
         )
 
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict]]:
         return type(self), (dict(self),)
@@ -148,7 +148,7 @@ def _layer(key: object) -> int:
     return layer
 
 
-def _ratio(layer: int, value: object) -> float:
+def _ratio(layer: int, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(
             f"schedule must map layers to keep ratios; the ratio at layer {layer} must be a number, got {shown(value)}"

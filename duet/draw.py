@@ -55,15 +55,16 @@ def patch_fates(record: ImageRecord, stage: int = VISION_STAGE) -> np.ndarray:
     if max(named, default=-1) >= patches:
         raise ValueError(f"the trace names patch {max(named)}, but its grid {tuple(record.grid)} has {patches} patches")
     fate = np.full(patches, -2, dtype=np.int64)
-    first_contextual = len(record.source) - len(record.members)
-    for token in range(len(record.source)) if stage == VISION_STAGE else record.kept_after[stage]:
-        number = token - first_contextual
-        if number >= 0 and record.kind[token] == "contextual":
-            fate[record.members[number] or [record.source[token]]] = number
-        elif record.source[token] >= 0:
-            fate[record.source[token]] = -1
-    for number, tokens in enumerate(record.recycled(stage).values(), start=len(record.members)):
-        fate[[record.source[token] for token in tokens if record.source[token] >= 0]] = number
+    contextual = [token for token, kind in enumerate(record.kind) if kind == "contextual"]
+    numbers = {token: number for number, token in enumerate(contextual)}
+    here = range(len(record.source)) if stage == VISION_STAGE else record.kept_after[stage]
+    for token in sorted(
+        here, key=lambda token: token in numbers
+    ):  # what is averaged shows, in whatever order they stand
+        fate[record.patches_of(token)] = numbers.get(token, -1)
+    for number, tokens in enumerate(record.recycled(stage).values(), start=len(contextual)):
+        for token in tokens:
+            fate[record.patches_of(token)] = number
     return fate
 
 

@@ -156,10 +156,8 @@ def _members(frames: Sequence[VisionReduction], slots: list[int], count: int) ->
     parts, number = [0] * count, 0
     for at, frame in enumerate(frames):
         first = at * frame.grid[0] * frame.grid[1]
-        sources, clusters = frame.source[0].tolist(), frame.members[0].tolist()
-        for token, patch in enumerate(sources):
-            cluster = token - len(sources) + len(clusters)
-            averaged = [member for member in clusters[cluster] if member >= 0] if cluster >= 0 else []
+        for patch, cluster in zip(frame.source[0].tolist(), frame.members_of_tokens()[0].tolist(), strict=True):
+            averaged = [member for member in cluster if member >= 0]
             groups[slots[number]] += [first + member for member in averaged or [patch] if member >= 0]
             parts[slots[number]] += max(1, len(averaged))
             number += 1

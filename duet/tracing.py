@@ -27,7 +27,8 @@ class ImageRecord:
         grid: (rows, columns) of patches.
         source: patch index of each token that stage 1 handed on, -1 for the class token.
         kind: ``"class"``, ``"dominant"`` or ``"contextual"`` for each of them.
-        members: for each contextual token the patches that it averages.
+        members: for each of the last tokens, the contextual ones, the patches that it averages; or for every token, and
+            none for one that is no average, where they stand in another order (``patches_of`` knows both).
         kept_after: decoder layers that have run -> indices of the tokens (into ``source``) that were still there.
         merged_after: decoder layers that have run -> token -> the token that it was averaged into there, which may be
             itself. A number beyond this image's tokens is a token of another image of the sample.
@@ -43,14 +44,22 @@ class ImageRecord:
     def fate(self) -> list[str]:
         """Return one line per patch: kept, merged into which token, or dropped, and at which stage."""
         lines = [["dropped in stage 1"] for _ in range(self.grid[0] * self.grid[1])]
-        offset = len(self.source) - len(self.members)
-        for token, patch in enumerate(self.source):
-            averaged = self.members[token - offset] if token >= offset else []
-            for member in averaged or ([patch] if patch >= 0 else []):
+        for token in range(len(self.source)):
+            averaged = self.averaged(token)
+            for member in self.patches_of(token):
                 word = f"merged into token {token}" if averaged else f"kept as token {token}"
                 note = self._later_note(token)
                 lines[member] = [*(entry for entry in lines[member] if entry != "dropped in stage 1"), word + note]
         return ["; ".join(entries) for entries in lines]
+
+    def averaged(self, token: int) -> list[int]:
+        """Return the patches that a token averages; none if it is no average of patches."""
+        row = token - (len(self.source) - len(self.members))
+        return self.members[row] if row >= 0 else []
+
+    def patches_of(self, token: int) -> list[int]:
+        """Return the patches that a token stands for: those that it averages, or its own; none of the class token."""
+        return self.averaged(token) or [patch for patch in self.source[token : token + 1] if patch >= 0]
 
     def recycled(self, layer: int) -> dict[int, list[int]]:
         """Return this image's tokens that are averages after ``layer`` layers, each with this image's tokens in it."""
@@ -222,7 +231,7 @@ def record_vision(reduction: VisionReduction) -> None:
             continue
         kinds = reduction.kind.expand_as(reduction.source)
         sources, kinds = ([row.tolist() for row in reduction.per_image(values)] for values in (reduction.source, kinds))
-        clusters = reduction.members.tolist() or [[] for _ in sources]
+        clusters = [rows.tolist() for rows in reduction.members_per_image()] or [[] for _ in sources]
         for source, kind, members in zip(sources, kinds, clusters, strict=True):
             groups = [[patch for patch in group if patch >= 0] for group in members]
             active.images.append(ImageRecord(reduction.grid, source, [KIND_NAMES[k] for k in kind], groups))

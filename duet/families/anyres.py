@@ -337,7 +337,15 @@ def _visible(part: VisionReduction, view: View) -> VisionReduction:
     units = view.units.flatten().to(part.source.device)
     place = torch.searchsorted(units, part.source[0])
     keep = (units[place.clamp(max=len(units) - 1)] == part.source[0]).nonzero().flatten() if len(units) else place[:0]
-    return replace(part, tokens=part.tokens[:, keep], source=place[keep][None], kind=part.kind[keep], grid=view.grid)
+    members = part.members_of_tokens()[:, keep]
+    return replace(
+        part,
+        tokens=part.tokens[:, keep],
+        source=place[keep][None],
+        kind=part.kind[keep],
+        members=members,
+        grid=view.grid,
+    )
 
 
 def _join(parts: Sequence[VisionReduction], layout: Layout) -> VisionReduction:
@@ -357,12 +365,12 @@ def _join(parts: Sequence[VisionReduction], layout: Layout) -> VisionReduction:
 
         sources.append(place(part.source[0]))
         padding = (0, widest - part.members.shape[2])
-        members.append(torch.nn.functional.pad(place(part.members[0]), padding, value=-1))
+        members.append(torch.nn.functional.pad(place(part.members_of_tokens()[0]), padding, value=-1))
     source, kind = torch.cat(sources), torch.cat([part.kind for part in parts])
     rank = torch.empty_like(kind)
     rank[kind == DOMINANT], rank[kind == CLASS_TOKEN], rank[kind == CONTEXTUAL] = 0, 1, 2
     order = torch.argsort(rank * (height * width + 1) + source + 1, stable=True)
-    averaged = ((kind == CONTEXTUAL).cumsum(0) - 1)[order[rank[order] == 2]]
+    averaged = order[rank[order] == 2]
     return VisionReduction(
         torch.cat([part.tokens for part in parts], dim=1)[:, order],
         source[order][None],

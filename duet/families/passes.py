@@ -235,7 +235,7 @@ def singles(reduction: VisionReduction) -> list[VisionReduction]:
     kind = reduction.per_image(reduction.kind.expand_as(reduction.source))
     return [
         replace(reduction, tokens=t[None], source=s[None], kind=k, members=m[None], counts=None)
-        for t, s, k, m in zip(tokens, source, kind, reduction.members, strict=True)
+        for t, s, k, m in zip(tokens, source, kind, reduction.members_per_image(), strict=True)
     ]
 
 

@@ -121,7 +121,8 @@ class VisionReduction:
         tokens: [B, K, D].
         source: [B, K] patch index of each token (for a contextual token its centre), -1 for the class token.
         kind: [K] (or [B, K] where images differ) one of CLASS_TOKEN, DOMINANT, CONTEXTUAL.
-        members: [B, C, W] patches that each of an image's last C (contextual) tokens averages, padded with -1.
+        members: [B, C, W] patches that each of an image's last C (contextual) tokens averages, padded with -1; or
+            [B, K, W] of every token, empty for one that is no average, where those stand in another order.
         grid: (rows, columns) of patches.
         counts: [B] tokens of each image, which stand in front of padding; None where every image has all K.
         passes: tower passes that each image stands for; a video that was merged over time stands for all its frames.
@@ -146,6 +147,24 @@ class VisionReduction:
         if self.counts is None:
             return list(values_BKX)
         return [row[:count] for row, count in zip(values_BKX, self.counts.tolist(), strict=True)]
+
+    def members_of_tokens(self) -> Tensor:
+        """Return the patches that every token averages, padded with -1; none of one that is no average.
+
+        Shapes: returns [B, K, W].
+        """
+        tokens, rows, width = self.source.shape[1], *self.members.shape[1:]
+        if rows in (0, tokens):
+            return self.members if rows else self.source.new_full((len(self.source), tokens, width), -1)
+        ends = torch.full_like(self.source[:, 0], tokens) if self.counts is None else self.counts
+        row = torch.arange(tokens, device=ends.device) - (ends - rows).unsqueeze(1)
+        found = gather_tokens(self.members, row.clamp(0, rows - 1))
+        return found.masked_fill(((row < 0) | (row >= rows)).unsqueeze(2), -1)
+
+    def members_per_image(self) -> list[Tensor]:
+        """Return each image's ``members``, [C, W], of its last tokens or of all of them, without padding."""
+        of_all = self.members.shape[1] == self.source.shape[1]
+        return self.per_image(self.members) if of_all else list(self.members)
 
     def places(self, patches: int, class_token: bool) -> list[Tensor]:
         """Return which of an unreduced picture's tokens each token stands for, [K] of each image.
@@ -238,9 +257,8 @@ def in_raster_order(reduction: VisionReduction) -> VisionReduction:
         padding = torch.arange(source.shape[1], device=source.device) >= reduction.counts.unsqueeze(1)
         source = source.masked_fill(padding, torch.iinfo(source.dtype).max)
     order = source.argsort(dim=1, stable=True)
-    missing = source.shape[1] - members.shape[1]
     if members.numel():
-        members = gather_tokens(torch.nn.functional.pad(members, (0, 0, missing, 0), value=-1), order)
+        members = gather_tokens(reduction.members_of_tokens(), order)
     return replace(
         reduction,
         tokens=gather_tokens(reduction.tokens, order),

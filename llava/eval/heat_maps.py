@@ -104,12 +104,9 @@ def patch_scores(record: ImageRecord, kept: Sequence[int], scores: Tensor) -> Te
     Shapes: scores [K], of the tokens `kept`; returns [N], zero where nothing is left, the highest of several.
     """
     out = torch.zeros(record.grid[0] * record.grid[1])
-    first = len(record.source) - len(record.members)
     for token, score in zip(kept, scores.tolist(), strict=True):
-        patches = record.members[token - first] if token >= first else [record.source[token]]
-        for patch in patches:
-            if patch >= 0:
-                out[patch] = max(float(out[patch]), score)
+        for patch in record.patches_of(token):
+            out[patch] = max(float(out[patch]), score)
     return out
 
 
