@@ -153,9 +153,10 @@ def _ratio(layer: int, value: Any) -> float:
         raise ValueError(
             f"schedule must map layers to keep ratios; the ratio at layer {layer} must be a number, got {shown(value)}"
         )
-    if not 0 <= value <= 1:
+    number: Any = value
+    if not 0 <= number <= 1:
         raise ValueError(f"schedule: keep ratio {shown(value)} at layer {layer} must lie in [0, 1]")
-    return float(value) + 0.0  # -0.0 is 0.0, in digests too
+    return float(number) + 0.0  # -0.0 is 0.0, in digests too
 
 
 def clean_options(options: object, known: Mapping[str, Any], methods: str) -> FrozenDict:
