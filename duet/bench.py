@@ -25,6 +25,7 @@ from duet.bench_run import EAGER, FULL, LANGUAGE, UNTOUCHED, Case, Entry, Plan, 
 from duet.bench_shapes import PATCHES, SHAPES, QwenShape, Shape, bytes_needed, check_memory, memory_free
 from duet.bench_stage1 import run_stage1
 from duet.config import DuetConfig
+from duet.errors import main_guard
 from duet.probe import SECTIONS, PeakMemory
 
 __all__ = [
@@ -170,6 +171,7 @@ def check_entries(model: nn.Module, entries: list[Entry], may_leave_out: bool) -
     return good, left_out
 
 
+@main_guard
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; the exit status is 0 when it ran, whatever the numbers say."""
     args = make_parser().parse_args(arguments)
@@ -181,11 +183,8 @@ def main(arguments: list[str] | None = None) -> int:
         bench_plot.check_plotting()
     rounds = min(args.rounds, 3) if args.quick else args.rounds
     started, load = time.time(), os.getloadavg()[0]
-    try:
-        shape, cases = pick_shape(args), pick_cases(args)
-        entries, left_out = pick_entries(args, shape)
-    except ValueError as error:
-        raise SystemExit(f"duet.bench: {error}") from error
+    shape, cases = pick_shape(args), pick_cases(args)
+    entries, left_out = pick_entries(args, shape)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -195,10 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     results, fits = [], []
     if cases:
         model = shape.build(device, dtype, args.attention)
-        try:
-            entries, more = check_entries(model, entries, args.methods == ["all"])
-        except ValueError as error:
-            raise SystemExit(f"duet.bench: {error}") from error
+        entries, more = check_entries(model, entries, args.methods == ["all"])
         left_out += more
         plan = Plan(rounds, min(args.decode, 2) if args.quick else args.decode, machine, say)
         results = [(case, run_case(model, shape, case, entries, plan)) for case in cases]

@@ -18,13 +18,13 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise SystemExit(f"duet.bench: unknown device {name!r}; use cpu, cuda or cuda:N") from error
+        raise ValueError(f"unknown device {name!r}; use cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("duet.bench: --device cuda, but PyTorch sees no CUDA or ROCm device; use --device cpu")
+        raise ValueError("--device cuda, but PyTorch sees no CUDA or ROCm device; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SystemExit(f"duet.bench: no device {name}; there are {torch.cuda.device_count()}")
+        raise ValueError(f"no device {name}; there are {torch.cuda.device_count()}")
     if device.type not in ("cpu", "cuda"):
-        raise SystemExit(f"duet.bench: cannot measure on {device.type!r}; use cpu, cuda or cuda:N")
+        raise ValueError(f"cannot measure on {device.type!r}; use cpu, cuda or cuda:N")
     return device
 
 

@@ -17,9 +17,7 @@ def check_plotting() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise SystemExit(
-            "duet.bench: --plot needs matplotlib; pip install 'matplotlib>=3.9', or leave it out"
-        ) from error
+        raise ValueError("--plot needs matplotlib; pip install 'matplotlib>=3.9', or leave it out") from error
 
 
 def save_plot(path: str, results: Sequence[tuple[Any, Sequence[Any]]], points: Sequence[Any], title: str) -> None:

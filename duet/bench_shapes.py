@@ -395,8 +395,8 @@ def check_memory(shape: AnyShape, needed: int, free: int | None, device: torch.d
     """Leave with a message that says how much memory a run needs, if there is less."""
     if free is None or needed <= free:
         return
-    raise SystemExit(
-        f"duet.bench: shape {shape.name} needs about {needed / GIB:.1f} GiB here, and {device} has "
+    raise ValueError(
+        f"shape {shape.name} needs about {needed / GIB:.1f} GiB here, and {device} has "
         f"{free / GIB:.1f} GiB free; take a smaller --shape or --batch, --dtype bfloat16, or --train_batch without a "
         "number, which leaves the training step out"
     )

@@ -19,6 +19,7 @@ from torch import nn
 from duet import attach, trace
 from duet.bench_report import environment
 from duet.config import DuetConfig
+from duet.errors import main_guard
 from duet.probe import peak_memory, seconds_of
 
 MIB = 2**20
@@ -128,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+@main_guard
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write the report."""
     args = parser().parse_args(arguments)

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from duet.errors import main_guard
+
 COMMANDS = {
     "eval": ("llava.eval.__main__", "one model on benchmarks"),
     "compare": ("llava.eval.compare", "methods by budgets by benchmarks by seeds"),
@@ -51,19 +53,16 @@ def load_methods(source: str) -> None:
         raise ValueError(f"--import {source}: there is another module {name!r} already; rename the file")
 
 
+@main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit status."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rest = list(sys.argv[1:] if argv is None else argv)
-    try:
-        while rest[:1] == ["--import"]:
-            if len(rest) < 2:
-                raise ValueError("--import needs a file or a module")
-            load_methods(rest[1])
-            rest = rest[2:]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    while rest[:1] == ["--import"]:
+        if len(rest) < 2:
+            raise ValueError("--import needs a file or a module")
+        load_methods(rest[1])
+        rest = rest[2:]
     if rest[:1] in (["--help"], ["-h"]):
         print(usage())
         return 0

@@ -1,16 +1,13 @@
-"""How a command line ends."""
+"""How a command line ends whose work is a function of its own."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
+from duet.errors import main_guard
 
-def exit_status(function: Callable[[], object]) -> int:
+
+@main_guard
+def exit_status(function: Callable[[], object]) -> None:
     """Run a program's work; returns 0, or 1 with a line `error: ...` for what its user can mend."""
-    try:
-        function()
-    except (ImportError, OSError, ValueError, NotImplementedError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+    function()

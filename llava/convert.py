@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from duet.errors import main_guard
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.eval.run_llava import choose_template
 from llava.model.builder import load_pretrained_model
@@ -244,6 +244,7 @@ def extract_projector(source: str, out: str) -> int:
     return len(named)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m llava.convert", description="Convert LLaVA checkpoints.")
@@ -255,16 +256,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.extract_projector == (args.to is not None):
         parser.error("give either --to or --extract-projector")
-    try:
-        if args.extract_projector:
-            count = extract_projector(args.source, args.out)
-            print(f"{count} projector tensors written to {args.out}")
-        else:
-            convert(args.source, args.to, args.out, args.base)
-            print(f"{args.source} written to {args.out} in the {args.to} layout")
-    except (OSError, ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if args.extract_projector:
+        count = extract_projector(args.source, args.out)
+        print(f"{count} projector tensors written to {args.out}")
+    else:
+        convert(args.source, args.to, args.out, args.base)
+        print(f"{args.source} written to {args.out} in the {args.to} layout")
     return 0
 
 

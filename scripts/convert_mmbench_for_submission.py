@@ -10,6 +10,7 @@ import argparse
 import functools
 from pathlib import Path
 
+from duet.errors import main_guard
 from llava.command import exit_status
 from llava.eval.submissions import mmbench_table, write_table
 
@@ -35,6 +36,7 @@ def convert(args: argparse.Namespace) -> None:
     write_table(table, args.upload_dir / f"{args.experiment}.xlsx")
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     return exit_status(functools.partial(convert, get_args(argv)))

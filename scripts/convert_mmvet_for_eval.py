@@ -9,6 +9,7 @@ import argparse
 import functools
 from pathlib import Path
 
+from duet.errors import main_guard
 from llava.command import exit_status
 from llava.eval.answers import write_json
 from llava.eval.submissions import mmvet_answers, read_texts
@@ -25,6 +26,7 @@ def convert(src: str, dst: str) -> None:
     write_json(Path(dst), answers)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Make the file that MM-Vet's evaluator reads.")

@@ -15,6 +15,7 @@ from typing import Any
 
 from convert_sqa_to_llava_base_prompt import build_prompt_chatbot
 
+from duet.errors import main_guard
 from llava.command import exit_status
 from llava.eval.answers import write_json, write_lines
 from llava.eval.files import Row, read_json
@@ -73,6 +74,7 @@ def convert_to_jsonl(base_dir: str, split: str, prompt_format: str = "QCM-LEPA")
 TASKS = {"convert_to_llava": convert_to_llava, "convert_to_jsonl": convert_to_jsonl}
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="ScienceQA's problems as LLaVA's training records.")

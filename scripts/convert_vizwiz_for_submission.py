@@ -10,6 +10,7 @@ import argparse
 import functools
 from pathlib import Path
 
+from duet.errors import main_guard
 from llava.command import exit_status
 from llava.eval.answers import write_json
 from llava.eval.submissions import read_split, read_texts, vizwiz_rows
@@ -37,6 +38,7 @@ def convert(args: argparse.Namespace) -> None:
     print(f"total results: {len(texts)}, total split: {len(split)}")
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     return exit_status(functools.partial(convert, parse_args(argv)))

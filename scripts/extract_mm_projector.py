@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 
+from duet.errors import main_guard
 from llava.command import exit_status
 from llava.convert import extract_projector
 
@@ -20,6 +21,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = parse_args(argv)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 
+from duet.errors import main_guard
 from llava.command import exit_status
 from llava.convert import convert
 
@@ -24,6 +25,7 @@ def merge_lora(args: argparse.Namespace) -> None:
     convert(args.model_path, "llava", args.save_model_path, args.model_base)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Merge a LoRA folder into its base model.")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from duet.errors import INTERRUPTED, MISTAKES, UserError, main_guard, report
 from llava.eval.generate import Answerer, template_for
 from llava.eval.plans import read_geometry
 from llava.eval.processes import Processes
@@ -41,7 +42,7 @@ from llava.reduction import ReductionArguments
 SHOWN = 10
 
 
-class Incomplete(Exception):
+class Incomplete(UserError):
     """Something that the run needs is not there; the message says what."""
 
 
@@ -324,18 +325,19 @@ def guarded(args: argparse.Namespace, function: Callable[[argparse.Namespace, Pr
         complete = function(args, processes)
     except (Incomplete, BadEvalData) as error:
         if processes.first:
-            print(f"error: {error}", file=sys.stderr)
+            report(error)
         return 2
-    except (ImportError, OSError, ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except MISTAKES as error:
+        report(error)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     processes.leave()
     return 0 if complete or args.on_missing == "skip" else 2
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     return guarded(make_parser().parse_args(argv), evaluate)

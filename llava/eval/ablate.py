@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from duet.errors import main_guard
 from llava.eval import __main__ as single
 from llava.eval import heat_maps
 from llava.eval.ablations import ABLATIONS
@@ -64,15 +65,12 @@ def run(args: argparse.Namespace, processes: Processes) -> bool:
 def draw_heat_maps(name: str, argv: Sequence[str]) -> int:
     """Draw one of the figures of a single picture; returns the exit status."""
     args = heat_maps.make_parser(name).parse_args(argv)
-    try:
-        words = heat_maps.draw(args, name)
-    except (ImportError, OSError, ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    words = heat_maps.draw(args, name)
     print(f"{args.out}: {', '.join(words)}")
     return 0
 
 
+@main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)

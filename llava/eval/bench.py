@@ -17,7 +17,6 @@ import argparse
 import itertools
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from duet.errors import main_guard
 from llava.eval.generate import IMAGE_TEMPLATE, Answerer
 from llava.eval.runner import Item, make_batches
 from llava.eval.tasks.base import SHORT_ANSWER, Question
@@ -111,16 +111,13 @@ def measure(answerer: Answerer, samples: list, batch: int, new_tokens: int, roun
     return found
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = make_parser().parse_args(argv)
-    try:
-        if args.batch < 2 or args.samples < args.batch or min(args.rounds, args.new_tokens, *args.per_picture) < 1:
-            raise ValueError("--batch must be at least 2, --samples at least --batch, the other numbers at least 1")
-        answerer = load(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if args.batch < 2 or args.samples < args.batch or min(args.rounds, args.new_tokens, *args.per_picture) < 1:
+        raise ValueError("--batch must be at least 2, --samples at least --batch, the other numbers at least 1")
+    answerer = load(args)
     machine = f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} before"
     print(f"{args.samples} questions, {args.new_tokens} tokens each, {args.rounds} rounds, {machine}")
     print(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from duet.calibrate import Calibrator
+from duet.errors import main_guard
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval.generate import Answerer, pack, preprocess, template_for
 from llava.eval.run_llava import load_image, move_pixels
@@ -162,14 +162,11 @@ def run(args: argparse.Namespace) -> Path:
     return out
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = make_parser().parse_args(argv)
-    try:
-        print(run(args))
-    except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    print(run(args))
     return 0
 
 

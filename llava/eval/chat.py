@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from duet.errors import UserError
+
 URL_VARIABLES = ("OPENAI_API_BASE", "OPENAI_API_URL")
 KEY_VARIABLE = "OPENAI_API_KEY"
 _PATH = "/chat/completions"
@@ -26,7 +28,7 @@ _QUOTA = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
 _FILTERED = frozenset({"content_filter", "content_policy_violation"})
 
 
-class EndpointError(RuntimeError):
+class EndpointError(UserError, RuntimeError):
     """No request to this endpoint will succeed, or none may be sent any more: stop."""
 
 

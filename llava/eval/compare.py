@@ -15,6 +15,7 @@ import argparse
 import os
 from pathlib import Path
 
+from duet.errors import main_guard
 from llava.eval import __main__ as single
 from llava.eval.calibrate import FILE_NAME
 from llava.eval.grid import Grid, add_grid_arguments, common_geometry, model_paths
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace, processes: Processes) -> bool:
     return grid.run()
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = make_parser().parse_args(argv, argparse.Namespace(command=command_line("duet compare", argv)))

@@ -8,9 +8,9 @@ reads `answers/NAME.jsonl` and writes `eval_tool/answers/NAME/<category>.txt`.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from duet.errors import main_guard
 from llava.eval.answers import read_answers
 from llava.eval.tasks.mme import QUESTION_FILE, RELEASE, read_questions, write_results
 
@@ -31,6 +31,7 @@ def convert(home: Path, result_file: Path, folder: Path) -> list[Path]:
     return write_results(questions, read_answers(result_file), folder)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -44,11 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     home = Path(args.data_dir)
     result_file = args.result_file or home / "answers" / f"{args.experiment}.jsonl"
     folder = Path(args.output_dir or home / "eval_tool" / "answers" / args.experiment)
-    try:
-        paths = convert(home, Path(result_file), folder)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    paths = convert(home, Path(result_file), folder)
     print(f"{len(paths)} files written to {folder}; score them: python -m llava.eval.eval_mme --results_dir {folder}")
     return 0
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from duet.errors import main_guard
 from llava.eval.answers import read_answers
 from llava.eval.tasks.seed import Problem, SeedResult, read_problems, score_answers
 
@@ -34,6 +35,7 @@ def write_upload(problems: Mapping[str | int, Problem], result: SeedResult, path
             file.write(json.dumps(row) + "\n")
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, 1 for bad input, or 2 when questions have no answer."""
     parser = argparse.ArgumentParser(
@@ -43,12 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--result-file", required=True, help="answers, one JSON object per line")
     parser.add_argument("--result-upload-file", default=None, help="where the leaderboard's file goes")
     args = parser.parse_args(argv)
-    try:
-        problems = read_problems(Path(args.annotation_file))
-        result = score_answers(problems, read_answers(Path(args.result_file)))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    problems = read_problems(Path(args.annotation_file))
+    result = score_answers(problems, read_answers(Path(args.result_file)))
     print(report(result.metrics))
     if result.missing:
         first = ", ".join(result.missing[:5])

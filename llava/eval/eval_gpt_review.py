@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 
+from duet.errors import main_guard
 from llava.eval import gpt_review
 from llava.eval.gpt_review import parse_score
 
@@ -42,6 +43,7 @@ def find_reviews(args: argparse.Namespace) -> list[gpt_review.Review]:
     return gpt_review.gather(args, lambda category: category, lambda question: "", fallback="default")
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = gpt_review.make_parser(

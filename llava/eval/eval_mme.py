@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from duet.errors import main_guard
 from llava.eval.tasks.mme import COGNITION, PERCEPTION, absent_categories, score_folder
 
 
@@ -22,16 +23,13 @@ def report(points: Mapping[str, float]) -> str:
     return "\n".join([*lines, f"Perception + Cognition: {points['total']:.2f}"])
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, 1 for bad input, or 2 when a category has no file."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.eval_mme", description="Score MME result files.")
     parser.add_argument("--results_dir", "--results-dir", required=True, help="folder with <category>.txt")
     args = parser.parse_args(argv)
-    try:
-        points = score_folder(Path(args.results_dir))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    points = score_folder(Path(args.results_dir))
     print(report(points))
     if absent := absent_categories(points):
         print(f"error: no file for {', '.join(absent)}; the sums are without them", file=sys.stderr)

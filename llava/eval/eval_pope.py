@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from duet.errors import main_guard
 from llava.eval.answers import read_answers
 from llava.eval.files import read_json_lines
 from llava.eval.tasks.base import BadEvalData
@@ -72,6 +73,7 @@ def evaluate(annotation_dir: str, question_file: str, result_file: str) -> PopeR
     return score_answers(questions, read_answers(Path(result_file)))
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, 1 for bad input, or 2 when questions have no answer."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.eval_pope", description="Score answers on POPE.")
@@ -79,11 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--question-file", required=True, help="LLaVA's llava_pope_test.jsonl")
     parser.add_argument("--result-file", required=True, help="answers, one JSON object per line")
     args = parser.parse_args(argv)
-    try:
-        result = evaluate(args.annotation_dir, args.question_file, args.result_file)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    result = evaluate(args.annotation_dir, args.question_file, args.result_file)
     for category, counts in result.counts.items():
         print(report(category, counts))
     print(f"Average F1: {100 * result.mean('f1'):.2f}")

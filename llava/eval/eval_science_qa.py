@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from duet.errors import main_guard
 from llava.eval.answers import read_answers
 from llava.eval.tasks.base import Answer
 from llava.eval.tasks.scienceqa import (
@@ -82,23 +83,20 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, 1 for bad input, or 2 when questions have no answer."""
     args = get_args(argv)
-    try:
-        problems = read_problems(Path(args.base_dir), args.split)
-        if max(len(problem["choices"]) for problem in problems.values()) > len(args.options):
-            raise ValueError(f"--options {''.join(args.options)} has fewer letters than a problem has choices")
-        found, missing = match_answers(problems, read_answers(Path(args.result_file)))
-        scores = scienceqa_scores({key: answer.text for key, answer in found.items()}, problems, args.options)
-        sorted_answers, result = analyse(problems, found, args.options)
-        print(summary(result, scores))
-        for path, content in ((args.output_file, sorted_answers), (args.output_result, result)):
-            if path:
-                Path(path).write_text(json.dumps(content, indent=2), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    problems = read_problems(Path(args.base_dir), args.split)
+    if max(len(problem["choices"]) for problem in problems.values()) > len(args.options):
+        raise ValueError(f"--options {''.join(args.options)} has fewer letters than a problem has choices")
+    found, missing = match_answers(problems, read_answers(Path(args.result_file)))
+    scores = scienceqa_scores({key: answer.text for key, answer in found.items()}, problems, args.options)
+    sorted_answers, result = analyse(problems, found, args.options)
+    print(summary(result, scores))
+    for path, content in ((args.output_file, sorted_answers), (args.output_result, result)):
+        if path:
+            Path(path).write_text(json.dumps(content, indent=2), encoding="utf-8")
     if missing:
         first = ", ".join(missing[:5])
         print(f"error: {len(missing)} questions have no answer and count as wrong: {first}", file=sys.stderr)

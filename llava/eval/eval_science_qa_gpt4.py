@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from duet.errors import main_guard
 from llava.eval.eval_science_qa import convert_caps
 from llava.eval.files import Row, read_json, read_json_lines
 from llava.eval.tasks.base import BadEvalData
@@ -113,14 +113,11 @@ def summarize(args: argparse.Namespace) -> list[str]:
     ]
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, or 1 for bad input."""
     args = get_args(argv)
-    try:
-        print("\n".join(summarize(args)))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    print("\n".join(summarize(args)))
     return 0
 
 

@@ -7,11 +7,11 @@ python -m llava.eval.eval_science_qa_gpt4_requery --base-dir scienceqa --gpt4-re
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from duet.errors import main_guard
 from llava.eval.answers import write_json
 from llava.eval.eval_science_qa import convert_caps
 from llava.eval.eval_science_qa_gpt4 import Chosen, add_arguments, get_pred_idx, read_gpt4, read_own, share
@@ -87,17 +87,14 @@ def report(counts: Counter) -> list[str]:
     return [f"Total: {total}, {name}: {counts[key]}, {what}: {share(counts[key], total)}" for name, key, what in lines]
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, or 1 for bad input."""
     args = get_args(argv)
-    try:
-        counts, indices, wrong = evaluate(args)
-        print("\n".join([*wrong, *report(counts)]))
-        figures: dict[str, Any] = {"acc": counts["requery"] / counts["total"] * 100, "correct": counts["requery"]}
-        write_json(Path(args.output_result), figures | {"count": counts["total"], "results": indices, "outputs": {}})
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    counts, indices, wrong = evaluate(args)
+    print("\n".join([*wrong, *report(counts)]))
+    figures: dict[str, Any] = {"acc": counts["requery"] / counts["total"] * 100, "correct": counts["requery"]}
+    write_json(Path(args.output_result), figures | {"count": counts["total"], "results": indices, "outputs": {}})
     return 0
 
 

@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from duet.errors import main_guard
 from llava.eval.answers import read_answers
 from llava.eval.tasks.base import BadEvalData
 from llava.eval.tasks.textvqa import (
@@ -72,24 +73,21 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, 1 for bad input, or 2 when questions have no answer."""
     args = get_args(argv)
     incomplete = False
-    try:
-        for path in result_files(args.result_file, args.result_dir):
-            missing = eval_single(args.annotation_file, path)
-            if missing:
-                incomplete = True
-                first = ", ".join(missing[:5])
-                print(
-                    f"error: {path}: {len(missing)} questions have no answer and are not in the mean, first "
-                    f"question_id: {first}",
-                    file=sys.stderr,
-                )
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for path in result_files(args.result_file, args.result_dir):
+        missing = eval_single(args.annotation_file, path)
+        if missing:
+            incomplete = True
+            first = ", ".join(missing[:5])
+            print(
+                f"error: {path}: {len(missing)} questions have no answer and are not in the mean, first "
+                f"question_id: {first}",
+                file=sys.stderr,
+            )
     return 2 if incomplete else 0
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from duet.errors import main_guard
 from llava.eval.answers import write_json
 from llava.eval.files import as_row, read_json_lines
 from llava.eval.tasks.base import BadEvalData
@@ -105,6 +105,7 @@ def _named(text: str) -> tuple[str, str]:
     return name, path
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, or 1 for bad input."""
     parser = argparse.ArgumentParser(
@@ -124,15 +125,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("webpage/data.json"))
     args = parser.parse_args(argv)
     key = "question_id"
-    try:
-        answers = {name: read_jsonl(path, key) for name, path in [*args.answers, ("ours", args.ours)]}
-        reviews = {name: read_jsonl(path, key) for name, path in args.reviews}
-        records = join(read_jsonl(args.questions, key), answers, reviews)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, {"questions": records, "models": [name for name, _ in args.answers]})
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    answers = {name: read_jsonl(path, key) for name, path in [*args.answers, ("ours", args.ours)]}
+    reviews = {name: read_jsonl(path, key) for name, path in args.reviews}
+    records = join(read_jsonl(args.questions, key), answers, reviews)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, {"questions": records, "models": [name for name, _ in args.answers]})
     return 0
 
 

@@ -23,8 +23,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from duet.errors import main_guard
 from llava.eval.answers import read_answers, write_json, write_lines
-from llava.eval.chat import Chat, Endpoint, EndpointError
+from llava.eval.chat import Chat, Endpoint
 from llava.eval.files import Row, as_row, read_json, read_json_lines, short
 from llava.eval.judging import PROMPT, Cache, Case, Judge, Outcome, Prompt, cases_of
 from llava.eval.tasks import TASKS
@@ -283,16 +284,10 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, 1 for wrong input, 2 where something is missing, 130 when interrupted."""
-    try:
-        return run(make_parser().parse_args(argv))
-    except (OSError, ValueError, EndpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; what is judged is kept, and the same command continues", file=sys.stderr)
-        return 130
+    return run(make_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from duet.errors import main_guard
 from llava.conversation import default_conversation
 from llava.eval import vqa
 from llava.eval.answers import write_lines
@@ -61,6 +62,7 @@ def eval_model(model_name: str, questions_file: str, answers_file: str) -> None:
     write_lines(Path(os.path.expanduser(answers_file)), answers)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.model_qa", description="Answer text-only questions.")

@@ -11,6 +11,7 @@ import functools
 import os
 from typing import Any
 
+from duet.errors import main_guard
 from llava.eval import vqa
 from llava.eval.run_llava import with_defaults
 from llava.eval.vqa import get_chunk, split_list
@@ -40,6 +41,7 @@ def eval_model(args: Any) -> None:
     vqa.run(with_defaults(make_parser(), args), vqa.read_questions, MAX_NEW_TOKENS)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     return vqa.exit_status(functools.partial(eval_model, make_parser().parse_args(argv)))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from duet.errors import main_guard
 from llava.conversation import conv_templates
 from llava.eval import vqa
 from llava.eval.generate import mark_images
@@ -126,6 +127,7 @@ def eval_model(args: Any) -> None:
     vqa.run(args, vqa.read_questions, args.max_new_tokens)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     return vqa.exit_status(functools.partial(eval_model, make_parser().parse_args(argv)))

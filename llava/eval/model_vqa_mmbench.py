@@ -21,6 +21,7 @@ from typing import Any
 
 from PIL import Image
 
+from duet.errors import main_guard
 from llava.eval import vqa
 from llava.eval.run_llava import with_defaults
 from llava.eval.tasks.base import LETTER_ANSWER, BadEvalData
@@ -172,6 +173,7 @@ def eval_model(args: Any) -> None:
     vqa.run(whole, read, MAX_NEW_TOKENS, TablePictures(table, str(path)))
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     return vqa.exit_status(functools.partial(eval_model, make_parser().parse_args(argv)))

@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from duet.errors import main_guard
 from llava.eval import vqa
 from llava.eval.files import as_row, read_json
 from llava.eval.run_llava import load_image, with_defaults
@@ -77,6 +78,7 @@ def eval_model(args: Any) -> None:
     vqa.run(args, functools.partial(read_questions, lang=args.lang), MAX_NEW_TOKENS)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     return vqa.exit_status(functools.partial(eval_model, make_parser().parse_args(argv)))

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from duet.errors import main_guard
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval import vqa
 from llava.eval.files import as_row, read_json
@@ -82,6 +83,7 @@ def eval_model(args: Any) -> None:
     vqa.run(args, read, MAX_NEW_TOKENS, pictures)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     return vqa.exit_status(functools.partial(eval_model, make_parser().parse_args(argv)))

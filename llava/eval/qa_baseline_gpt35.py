@@ -14,8 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from duet.errors import main_guard
 from llava.eval.answers import write_lines
-from llava.eval.chat import Chat, Endpoint, EndpointError, RequestFailed
+from llava.eval.chat import Chat, Endpoint, RequestFailed
 from llava.eval.files import read_json_lines
 from llava.eval.vqa import answer_row
 
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     return sum(row["text"] == FAILED for row in answers)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, 1 for wrong input, 2 where answers are missing."""
     parser = argparse.ArgumentParser(
@@ -89,11 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default=MODEL, help="the model's name at the endpoint")
     parser.add_argument("--num-tasks", type=int, default=8, help="requests at a time")
     args = parser.parse_args(argv)
-    try:
-        failed = run(args)
-    except (OSError, ValueError, EndpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    failed = run(args)
     if failed:
         print(f"error: {failed} questions have no answer; their text is {FAILED}", file=sys.stderr)
     return 2 if failed else 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from duet.errors import main_guard
 from llava.eval.answers import write_json
 from llava.eval.files import read_json
 from llava.eval.paper import PAPER_METRICS, PAPER_ROWS
@@ -305,19 +305,16 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = make_parser().parse_args(argv)
-    try:
-        records = read_records(args.results)
-        if args.benchmarks:
-            wanted = {TASKS.get(name.strip()).name for name in args.benchmarks.split(",")}
-            records = [record for record in records if record["benchmark"] in wanted]
-        rows = make_rows(records, args.baseline, args.paper)
-        print(write_report(records, rows, args.baseline, args.out or args.results / "report"), end="")
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    records = read_records(args.results)
+    if args.benchmarks:
+        wanted = {TASKS.get(name.strip()).name for name in args.benchmarks.split(",")}
+        records = [record for record in records if record["benchmark"] in wanted]
+    rows = make_rows(records, args.baseline, args.paper)
+    print(write_report(records, rows, args.baseline, args.out or args.results / "report"), end="")
     for record in filter(incomplete, records):
         print(f"incomplete: {record['name']}, {record['benchmark']}: {record['n_missing']} missing", file=sys.stderr)
     return 2 if any(map(incomplete, records)) else 0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import urllib.request
 from io import BytesIO
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
+from duet.errors import main_guard
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -236,17 +236,14 @@ def with_defaults(parser: argparse.ArgumentParser, args: Any) -> argparse.Namesp
     return given
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.run_llava", description="Ask about pictures.")
     add_model_arguments(parser)
     parser.add_argument("--query", required=True, help="the question; <image-placeholder> marks where a picture goes")
     args = parser.parse_args(argv)
-    try:
-        eval_model(args)
-    except (OSError, ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    eval_model(args)
     return 0
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from duet.errors import main_guard
 from llava.eval.files import read_json_lines
 from llava.eval.gpt_review import UNREADABLE
 from llava.eval.tasks.base import BadEvalData
@@ -107,18 +108,15 @@ def summarize(path: Path, config: str, ignore: Sequence[str]) -> int:
     return unreadable
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, 1 for bad input, or 2 where reviews have no figures."""
     args = parse_args(argv)
     unreadable = 0
-    try:
-        for path in find_files(args):
-            config = path.name.replace("gpt4_text_", "").replace(".jsonl", "")
-            if wanted(config, args):
-                unreadable += summarize(path, config, args.ignore)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for path in find_files(args):
+        config = path.name.replace("gpt4_text_", "").replace(".jsonl", "")
+        if wanted(config, args):
+            unreadable += summarize(path, config, args.ignore)
     return 2 if unreadable else 0
 
 

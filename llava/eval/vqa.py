@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging
 
+from duet.errors import main_guard
 from llava.eval.answers import AnswersFile, write_json
 from llava.eval.files import read_json_lines
 from llava.eval.generate import Answerer
@@ -267,14 +267,7 @@ def run(
         answer_rows(rows, files, file, answerer, args, max_new_tokens, pictures.open)
 
 
-def exit_status(function: Callable[[], None]) -> int:
+@main_guard(statuses={BadEvalData: 2})
+def exit_status(function: Callable[[], None]) -> None:
     """Run it; returns 0, 2 if a file or picture is missing or wrong, 1 for other errors, with the reason printed."""
-    try:
-        function()
-    except BadEvalData as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except (ImportError, OSError, ValueError, NotImplementedError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+    function()

@@ -11,6 +11,7 @@ import functools
 import operator
 from pathlib import Path
 
+from duet.errors import main_guard
 from llava.command import exit_status
 from llava.model.weight_folders import combine, folder_of, read_weights, write_weights
 
@@ -32,6 +33,7 @@ def apply_delta(base_model_path: str, target_model_path: str, delta_path: str) -
     write_weights(weights, Path(target_model_path).expanduser(), like=delta)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m llava.model.apply_delta", description="Base + difference = model.")

@@ -9,6 +9,7 @@ import argparse
 import functools
 from pathlib import Path
 
+from duet.errors import main_guard
 from llava.command import exit_status
 from llava.model.utils import auto_upgrade
 from llava.model.weight_folders import folder_of, read_weights, write_weights
@@ -30,6 +31,7 @@ def consolidate_ckpt(src_path: str, dst_path: str) -> None:
     write_weights(read_weights(source), Path(dst_path).expanduser(), like=source)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m llava.model.consolidate", description="Write a checkpoint anew.")

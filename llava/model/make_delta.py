@@ -12,6 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from duet.errors import main_guard
 from llava.command import exit_status
 from llava.model.utils import auto_upgrade
 from llava.model.weight_folders import combine, folder_of, read_weights, write_weights
@@ -40,6 +41,7 @@ def make_delta(base_model_path: str, target_model_path: str, delta_path: str, hu
         api.upload_folder(repo_id=hub_repo_id, folder_path=folder)
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m llava.model.make_delta", description="Model - base = difference.")

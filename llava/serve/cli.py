@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from transformers import TextStreamer
 
+from duet.errors import main_guard
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
 from llava.eval.run_llava import (
@@ -27,7 +28,6 @@ from llava.eval.run_llava import (
     load_images,
     move_pixels,
     place_images,
-    with_defaults,
 )
 from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.builder import load_pretrained_model
@@ -109,6 +109,22 @@ def chat(args: argparse.Namespace) -> None:
         conversation.messages[-1][-1] = text
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m llava.serve.cli", description="Talk about pictures.")
+    add_model_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="also show prompts on the standard error")
+    return parser
+
+
+@main_guard
+def _run(argv: list[str] | None) -> None:
+    try:
+        chat(make_parser().parse_args(argv))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+
+
 def main(args: argparse.Namespace | list[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
@@ -116,19 +132,10 @@ def main(args: argparse.Namespace | list[str] | None = None) -> int:
         args: The words of a command line (default: the program's own), or parsed arguments as LLaVA's `main` takes
             them; then the defaults stand for what they lack, and errors are raised.
     """
-    parser = argparse.ArgumentParser(prog="python -m llava.serve.cli", description="Talk about pictures.")
-    add_model_arguments(parser)
-    parser.add_argument("--debug", action="store_true", help="also show prompts on the standard error")
-    if args is not None and not isinstance(args, list | tuple):
-        chat(with_defaults(parser, args))
-        return 0
-    try:
-        chat(parser.parse_args(args))
-    except (OSError, ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
+    if args is None or isinstance(args, list | tuple):
+        return _run(args)
+    needed = ["--model-path", str(args.model_path), "--image-file", str(args.image_file)]
+    chat(make_parser().parse_args(needed, argparse.Namespace(**vars(args))))
     return 0
 
 

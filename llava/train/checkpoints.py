@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from duet.errors import UserError
 from llava.train.lora import get_mm_adapter_state_maybe_zero_3, get_peft_state_non_lora_maybe_zero_3
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ PROJECTOR_FILE = "mm_projector.safetensors"
 NON_LORA_FILE = "non_lora_trainables.bin"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written or read; the message says what is safe and what to do."""
 
 

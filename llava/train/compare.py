@@ -26,6 +26,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from duet.errors import main_guard
 from llava.eval.lines import Line, Run, make_lines
 from llava.eval.plans import Geometry, Plan, choose_methods, draws, numbers, solved_plans
 from llava.eval.plots import against_cost
@@ -256,17 +257,14 @@ def run(args: argparse.Namespace, make_runner: Callable[[Any], Any] = Runner) ->
     return 0
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = sys.argv[1:] if argv is None else argv
     own, flags = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     args = make_parser().parse_args(own)
     args.flags = flags
-    try:
-        return run(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run(args)
 
 
 if __name__ == "__main__":

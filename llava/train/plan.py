@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from duet import DuetConfig
+from duet.errors import main_guard
 from llava.reduction import ReductionArguments
 from llava.train import runtime
 from llava.train.argv import split_flags
@@ -387,6 +388,7 @@ def missing_packages(plan: Plan) -> list[Missing]:
     return [Missing(f"package {name}", "pip install -e '.[train,demo]'") for name in absent]
 
 
+@main_guard(statuses={ValueError: 2})
 def main(argv: list[str] | None = None) -> int:
     """Print the plan, and carry it out unless `--plan` was given.
 
@@ -402,13 +404,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(usage(ENVIRONMENT) + "\n")
         return 0 if before else 2
     unknown = [item for item in before[1:] if item != "--plan"]
-    try:
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is not understood: training flags go after `--`; see --help")
-        plan = resolve(before[0], overrides=after)
-    except ValueError as err:
-        sys.stderr.write(f"error: {err}\n")
-        return 2
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not understood: training flags go after `--`; see --help")
+    plan = resolve(before[0], overrides=after)
     sys.stdout.write(plan.describe() + "\n")
     sys.stdout.flush()
     if "--plan" in before:

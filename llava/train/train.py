@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from duet.errors import main_guard
 from llava.train import checkpoints, run_folder, runtime, star
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments, parse_arguments
 from llava.train.build import build, smart_tokenizer_and_embedding_resize
@@ -373,5 +374,8 @@ def check_output(args: RunArguments, model: Any, tokenizer: Any) -> None:
         raise checkpoints.CheckpointError(f"--output_dir {folder} cannot be written: {err}") from err
 
 
+main = main_guard(train)
+"""The command: `train`, with a user's mistake as a line and an exit status."""
+
 if __name__ == "__main__":
-    train()
+    raise SystemExit(main())

@@ -14,6 +14,7 @@ from typing import Any
 
 import transformers
 
+from duet.errors import main_guard
 from llava.train import runtime
 from llava.train.callbacks import EXIT_STOPPED, StopSignal
 from llava.train.hf_arguments import parse_hf_arguments
@@ -29,6 +30,7 @@ from llava.train.train import add_callbacks, check_data, fit, set_up_logging, st
 logger = logging.getLogger("llava.train.train_hf")
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says.
 
@@ -108,4 +110,4 @@ def make_trainer(args: Any, model: Any, processor: Any, data: dict[str, Any], st
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
+from duet.errors import main_guard
 from playground.tiny.eval_questions import exam_turns, lettered_turn, text_quiz
 from playground.tiny.questions import CHANCE, CHANCE_NOTE, KINDS, ask, caption, text_turn
 from playground.tiny.scenes import SPLITS, make_scene
@@ -127,6 +128,7 @@ def build_stage(folder: str, stage: str, scenes: int, seed: int, turns: int, wor
     return path
 
 
+@main_guard
 def main() -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -151,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

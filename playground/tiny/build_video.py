@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from duet.errors import main_guard
 from playground.tiny.build import PROMPT, QUALITY
 from playground.tiny.questions import caption
 from playground.tiny.scenes import IMAGE_SIZE, make_window
@@ -93,6 +94,7 @@ def build(folder: str, name: str, count: int, work: Callable[[int], list[dict[st
     return path
 
 
+@main_guard
 def main() -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from duet.errors import main_guard
 from llava.train.hf_plan import HfPlan, resolve_hf
 from llava.train.hf_recipes import TINY_VIDEO
 from llava.train.launch import Runner, prepare, run_stage
@@ -98,6 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)

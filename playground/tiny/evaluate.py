@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import duet
+from duet.errors import main_guard
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
@@ -240,6 +241,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@main_guard
 def main() -> None:
     """Command line entry."""
     args = parse_arguments()
@@ -265,4 +267,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -24,6 +24,7 @@ from transformers import AutoConfig, VideoLlavaForConditionalGeneration
 
 import duet
 from duet import DuetConfig
+from duet.errors import main_guard
 from llava.eval.video import read_frames
 from llava.reduction import ReductionArguments
 from llava.train.hf_chat import Chat, messages_of
@@ -158,6 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     args = make_parser().parse_args(argv)
@@ -176,4 +178,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

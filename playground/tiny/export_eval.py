@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from duet.errors import main_guard
 from playground.tiny.build import IMAGE_MARK, LETTER_ANSWER, QUALITY, SEED, SHORT_ANSWER, STAGE_SEED, build_stage
 from playground.tiny.eval_questions import CLAIMS, Quiz, claim_pair, is_there, ocr_line, quiz, text_quiz
 from playground.tiny.questions import LETTERS, ask, by_axis
@@ -378,6 +379,7 @@ def export(root: str | Path, images: int = IMAGES, seed: int = SEED, workers: in
     return counts | {"tiny": write_tiny(root, images, seed, workers)}
 
 
+@main_guard
 def main() -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -387,14 +389,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args()
     begin = time.time()
-    try:
-        counts = export(args.out, args.images, args.seed, args.workers)
-    except ValueError as error:
-        parser.error(str(error))
+    counts = export(args.out, args.images, args.seed, args.workers)
     for name, count in counts.items():
         print(f"{os.path.join(args.out, name)}: {count} questions on {args.images} images")
     print(f"done in {time.time() - begin:.1f} s")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 
+from duet.errors import main_guard
 from playground.tiny.llm import LlmRecipe, train_llm
 from playground.tiny.parallel import barrier, launch
 from playground.tiny.tower import TowerRecipe, train_tower
@@ -29,6 +30,7 @@ def train(args: argparse.Namespace) -> None:
         )
 
 
+@main_guard
 def main() -> None:
     """Train what `--only` names (default: both), tower first."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -44,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -30,6 +30,7 @@ from transformers import (
     VideoLlavaProcessor,
 )
 
+from duet.errors import main_guard
 from llava.train.hf_processor import FrameProcessor, picture_processor
 from playground.tiny.tokenizer import SYSTEM_PROMPT
 from playground.tiny.tower import GRID, PATCH
@@ -131,6 +132,7 @@ def pretrain(raw: Path, data: Path, out: Path, flags: list[str]) -> int:
     return subprocess.run(command, env=env, check=False).returncode
 
 
+@main_guard
 def main() -> int:
     """Command line entry; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,4 +149,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

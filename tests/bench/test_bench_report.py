@@ -179,7 +179,7 @@ def test_stage_1_can_run_alone(tmp_path):
 
 def test_a_plot_without_matplotlib_is_refused_at_once(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match="--plot needs matplotlib"):
+    with pytest.raises(ValueError, match="--plot needs matplotlib"):
         bench_plot.check_plotting()
 
 
