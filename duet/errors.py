@@ -66,7 +66,7 @@ def _guarded(function: Callable[..., int | None], statuses: Mapping[type[BaseExc
             return function(*args, **kwargs) or 0
         except MISTAKES as error:
             if isinstance(error, BrokenPipeError):  # whoever read the output has enough of it
-                sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 1
             report(error)
             return next((status for kind, status in statuses.items() if isinstance(error, kind)), 1)
