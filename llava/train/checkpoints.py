@@ -106,6 +106,14 @@ def read_marker(path: Path) -> dict[str, Any]:
     return content
 
 
+def names_files(path: Path) -> bool:
+    """Whether the marker of a finished run says which files it left; older ones do not, nor do damaged ones."""
+    try:
+        return bool(read_marker(path))
+    except CheckpointError:
+        return False
+
+
 def defect_of(folder: Path, contents: bool = True, marker: str = MARKER) -> str | None:
     """Say what is wrong with a checkpoint; None when it is whole.
 

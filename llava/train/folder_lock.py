@@ -67,11 +67,11 @@ def exclusive(output_dir: str | Path, patience: float = PATIENCE) -> Iterator[No
         _wait_for(file, path, patience)
         _held[key] = os.getpid()
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        record = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}) + "\n"
         # A full disk must not keep anyone out: the lock holds without the record, which only says whose it is.
         with contextlib.suppress(OSError):
-            file.truncate(0)
-            file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}) + "\n")
-            file.flush()
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), record.encode())
         try:
             yield
         finally:

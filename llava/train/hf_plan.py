@@ -24,6 +24,7 @@ from llava.train.plan import (
     missing_packages,
     parse_overrides,
     read_reduction,
+    without_resuming,
 )
 from llava.train.plan_text import missing_lines
 from llava.train.recipes import Job
@@ -260,7 +261,7 @@ def find_missing(plan: HfPlan, reduction: Mapping[str, Any]) -> list[Missing]:
         missing.append(Missing("budget", f"{why}: {remedy}"))
     if any(str(name).endswith((".mp4", ".avi", ".webm", ".mkv", ".mov")) for name in sample_videos(flags)):
         missing += [] if has("av") else [Missing("package av", "videos other than GIFs: pip install -e '.[video]'")]
-    return missing + missing_packages(plan)
+    return missing + missing_packages(plan) + without_resuming(plan)
 
 
 def has(package: str) -> bool:

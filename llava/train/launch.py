@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from llava.train import runtime
 from llava.train.callbacks import EXIT_STOPPED, LAUNCHER_PID
-from llava.train.checkpoints import RUN_MARKER, checkpoints, write_json_atomically
+from llava.train.checkpoints import RUN_MARKER, checkpoints, defect_of, names_files, write_json_atomically
+from llava.train.folder_lock import in_use
 from llava.train.hf_plan import HfPlan
+from llava.train.run_folder import HARMLESS
 
 if TYPE_CHECKING:
     from llava.train.plan import Devices, Plan, Stage
@@ -28,24 +30,8 @@ logger = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
 HELDOUT = Path("playground/tiny/data/heldout.json")
-# Flags that may change between two starts of one run without changing what it computes.
-HARMLESS = frozenset(
-    (
-        "report_to",
-        "run_name",
-        "logging_steps",
-        "image_log_steps",
-        "image_log_count",
-        "disable_tqdm",
-        "save_steps",
-        "save_total_limit",
-        "dataloader_num_workers",
-        "scan_images",
-        "feature_cache",
-        "resume_from_checkpoint",
-        "output_dir",
-    )
-)
+DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps", "ranks")
+"""How the global batch is divided; it may change between two starts, the batch may not."""
 
 
 def training_command(devices: Devices, arguments: list[str], port: int, module: str = "llava.train.train") -> list[str]:
@@ -168,27 +154,31 @@ class Runner:
 
 def comparable(stage: Stage) -> dict[str, str]:
     """The flags that decide what a stage computes."""
-    flags = {name: str(value) for name, value in stage.flags.items() if name not in HARMLESS}
-    return flags | {"ranks": str(stage.world)}
+    skipped = HARMLESS.union(DIVISION)
+    flags = {name: str(value) for name, value in stage.flags.items() if name not in skipped}
+    return flags | {"global_batch": str(stage.global_batch)}
 
 
 def differences(stage: Stage) -> list[str]:
     """How the flags differ from those that the output folder was begun with; empty for a new folder."""
-    path = stage.output / PLAN_FILE
-    if not path.is_file():
-        return []
-    old, new = json.loads(path.read_text(encoding="utf-8")), comparable(stage)
-    names = sorted(set(old) | set(new))
+    try:
+        old = json.loads((stage.output / PLAN_FILE).read_bytes())
+    except (OSError, ValueError):
+        return []  # training itself compares its settings, too
+    new = comparable(stage)
     return [
         f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
-        for name in names
-        if old.get(name) != new.get(name)
+        for name in sorted(set(old).union(new).difference(HARMLESS, DIVISION))
+        if old.get(name) != new.get(name) and not (name == "global_batch" and name not in old)
     ]
 
 
 def is_finished(stage: Stage) -> bool:
-    """True when the stage's output is there."""
-    return (stage.output / RUN_MARKER).is_file()
+    """True when the stage's output is there; where final files are gone, training writes them again without a step."""
+    marker = stage.output / RUN_MARKER
+    if not marker.is_file():
+        return False
+    return not names_files(marker) or defect_of(stage.output, contents=False, marker=RUN_MARKER) is None
 
 
 def run_stage(plan: Plan, stage: Stage, runner: Runner) -> int:
@@ -198,15 +188,21 @@ def run_stage(plan: Plan, stage: Stage, runner: Runner) -> int:
         The exit code.
     """
     kind = stage.recipe.kind
+    holder = in_use(stage.output)
+    if holder:
+        sys.stderr.write(f"error: {stage.output} is in use by another run ({holder}); wait for it or end it\n")
+        return 2
     changed = differences(stage)
     if changed and (is_finished(stage) or checkpoints(stage.output)):
         sys.stderr.write(
             f"error: {stage.output} holds a run of {kind} with other settings ({'; '.join(changed)}). "
-            "Delete that folder, or choose another one with OUTPUT_ROOT\n"
+            "Give the former ones to go on with it, or choose another folder with OUTPUT_ROOT\n"
         )
         return 2
     if is_finished(stage):
-        sys.stdout.write(f"\n=== {kind}: already finished in {stage.output}; delete that folder to train it again\n")
+        sys.stdout.write(
+            f"\n=== {kind}: already finished in {stage.output}; OUTPUT_ROOT chooses another folder to train again\n"
+        )
         return 0
     stage.output.mkdir(parents=True, exist_ok=True)
     write_json_atomically(stage.output / PLAN_FILE, comparable(stage))

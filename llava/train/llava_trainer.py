@@ -373,8 +373,11 @@ class LLaVATrainer(Trainer):
     def needs(self, folder: Path) -> list[str]:
         """What a checkpoint lacks for this run; see `resume.lacking`."""
         found = lacking(folder, self.weight_names(), self.is_deepspeed_enabled)
-        if not found and not list(folder.glob("rng_state*.pth")):
-            logger.warning("%s has no random state: dropout will draw other numbers than it would have", folder)
+        ranks = self.args.world_size
+        if not found and not (folder / ("rng_state.pth" if ranks == 1 else f"rng_state_{ranks - 1}.pth")).is_file():
+            logger.warning(
+                "%s has no random state for %d ranks: dropout draws other numbers from here on", folder, ranks
+            )
         return found
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:

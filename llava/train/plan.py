@@ -370,7 +370,14 @@ def find_missing(plan: Plan) -> list[Missing]:
         made_here = any(Path(str(adapter)).parent == other.output for other in plan.stages)
         if adapter and not made_here and not Path(str(adapter)).exists():
             missing.append(Missing(f"projector {adapter}", "run the pretrain script first, or set PROJECTOR"))
-    return missing + missing_packages(plan)
+    return missing + missing_packages(plan) + without_resuming(plan)
+
+
+def without_resuming(plan: Plan) -> list[Missing]:
+    """A note where checkpoints will not do for going on after an interruption."""
+    if not any(str(stage.flags.get("save_only_model")) == "True" for stage in plan.stages):
+        return []
+    return [Missing("save_only_model", "checkpoints hold weights only; an interrupted run cannot go on", fatal=False)]
 
 
 def missing_packages(plan: Plan) -> list[Missing]:

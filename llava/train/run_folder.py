@@ -22,6 +22,7 @@ from llava.train.checkpoints import (
     checkpoints,
     checksums,
     defect_of,
+    names_files,
     write_json_atomically,
 )
 from llava.train.folder_lock import exclusive
@@ -63,6 +64,8 @@ def agreed(decide: Callable[[], Any]) -> Any:
             box[0] = decide()
         except CheckpointError as err:
             box[1] = err
+        except OSError as err:
+            box[1] = CheckpointError(f"{err.filename or 'the output folder'} cannot be read or written: {err}")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(box, src=0)
     if box[1] is not None:
@@ -120,7 +123,7 @@ def begin(args: Any) -> bool:
         refuse(place, changed)
     if not over.is_file():
         return False
-    defect = defect_of(folder, marker=RUN_MARKER) if "files" in _read(over) else None
+    defect = defect_of(folder, marker=RUN_MARKER) if names_files(over) else None
     if defect is None:
         return True
     if not checkpoints(folder):

@@ -110,7 +110,7 @@ def _end(code: int) -> None:
 
 
 def require_deepspeed() -> None:
-    """Check that deepspeed is there, and describe a world of one rank to it when no launcher did.
+    """Check that deepspeed is there and can compile, and describe a world of one rank to it when no launcher did.
 
     Raises:
         ImportError: deepspeed is not installed.
@@ -119,6 +119,9 @@ def require_deepspeed() -> None:
         raise ImportError(
             "--deepspeed was given, but deepspeed is not installed. Install it: pip install -e '.[train]'"
         )
+    from llava.train import compile_locks
+
+    compile_locks.clear()
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(free_port()))

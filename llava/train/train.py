@@ -318,6 +318,8 @@ def fit(
     model.config.use_cache = True
     try:
         safe_save_model_for_hf_trainer(trainer, training.output_dir)
+        if training.process_index == 0:
+            run_folder.mark_finished(Path(training.output_dir), summary(trainer))
     except Exception as err:
         if not checkpoints.looks_like_write_failure(err):
             raise
@@ -326,8 +328,6 @@ def fit(
             f"training finished, but the model could not be written to {training.output_dir} ({err}). Nothing is lost: "
             f"{last} is whole. Free some space and give the same command again"
         ) from err
-    if training.process_index == 0:
-        run_folder.mark_finished(Path(training.output_dir), summary(trainer))
     trainer.run_log.write("finished", {"step": trainer.state.global_step})
     trainer.run_log.close()
     return False

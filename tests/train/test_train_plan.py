@@ -164,6 +164,55 @@ def test_a_folder_with_other_settings_is_not_mixed_up(tmp_path, capsys):
     assert "learning_rate" in printed.err + printed.out
 
 
+def test_the_same_global_batch_on_other_ranks_is_the_same_run_and_another_batch_is_not(tmp_path):
+    env = {"OUTPUT_ROOT": str(tmp_path / "run"), "PROJECTOR": "x", "RECIPE": "tiny", "LAUNCHER": "torchrun"}
+
+    def stage(ranks, *flags):
+        return resolve("finetune_duet", env=env | {"NUM_DEVICES": str(ranks)}, accelerators=0, overrides=flags).stages[
+            -1
+        ]
+
+    first = stage(2)
+    first.output.mkdir(parents=True)
+    (first.output / launch.PLAN_FILE).write_text(json.dumps(launch.comparable(first)))
+    assert launch.differences(stage(4)) == launch.differences(stage(1)) == []
+    assert launch.differences(stage(2, "--gradient_accumulation_steps", "3"))[0].startswith("global_batch: 16 -> ")
+    (first.output / launch.PLAN_FILE).write_text('{"torn')
+    assert launch.differences(first) == []
+
+
+def test_a_script_does_not_write_into_a_folder_in_use(tmp_path, capsys):
+    import os
+    import time
+
+    from llava.train.folder_lock import exclusive
+
+    plan = resolve("pretrain_duet", env={"OUTPUT_ROOT": str(tmp_path / "run")}, accelerators=0)
+    stage = plan.stages[-1]
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with exclusive(stage.output):
+            os.write(write, b"held")
+            time.sleep(60)
+        os._exit(0)
+    try:
+        assert os.read(read, 4) == b"held"
+        with launch.Runner(plan.devices) as runner:
+            assert launch.run_stage(plan, stage, runner) == 2
+        assert f"{stage.output} is in use by another run (process {child}" in capsys.readouterr().err
+        assert not (stage.output / launch.PLAN_FILE).exists()
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+
+
+def test_the_plan_says_what_saving_models_only_costs():
+    for job in ("pretrain_duet", "finetune_duet_hf"):
+        plan = resolve(job, env={}, accelerators=0, overrides=["--save_only_model", "True"])
+        assert "note       save_only_model: checkpoints hold weights only" in plan.describe()
+
+
 def test_a_finished_stage_is_not_repeated(tmp_path, capsys):
     plan = resolve("pretrain_duet", env={"OUTPUT_ROOT": str(tmp_path / "run")}, accelerators=0)
     stage = plan.stages[-1]
@@ -172,6 +221,8 @@ def test_a_finished_stage_is_not_repeated(tmp_path, capsys):
     with launch.Runner(plan.devices) as runner:
         assert launch.run_stage(plan, stage, runner) == 0
     assert "already finished" in capsys.readouterr().out
+    (stage.output / "run_complete.json").write_text('{"files": {"mm_projector.safetensors": 10}}')
+    assert not launch.is_finished(stage), "its file is gone"
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -130,13 +130,13 @@ def spawn(arguments: list[str], **extra: str) -> subprocess.Popen:
 
 
 def start_ranks(
-    arguments: list[str], launcher: str = "deepspeed", module: str = "llava.train.train", **env: str
+    arguments: list[str], launcher: str = "deepspeed", module: str = "llava.train.train", ranks: int = 2, **env: str
 ) -> subprocess.Popen:
-    """Start a training on two ranks; its output goes to the pipe."""
+    """Start a training on several ranks; its output goes to the pipe."""
     if launcher == "deepspeed":
-        head = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port(), "--module"]
+        head = ["deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", port(), "--module"]
     else:
-        head = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port(), "-m"]
+        head = ["torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port(), "-m"]
     command = [sys.executable, "-m", *head, module, *arguments]
     return subprocess.Popen(
         command, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
