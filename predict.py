@@ -85,16 +85,15 @@ class Predictor(BasePredictor):
 
 def until(stop: str | None, texts: Iterator[str]) -> Iterator[str]:
     """Hand out texts up to a stop string; what may be its beginning is held back."""
-    held = ""
+    held, ended = "", False
     for text in texts:
+        if ended:
+            continue  # whoever generates wants to be heard to the end
         held += text
-        keep = 0
-        if stop:
-            if stop in held:
-                held = held.split(stop)[0]
-                keep = len(held)
-            else:
-                keep = next((n for n in range(len(stop) - 1, 0, -1) if held.endswith(stop[:n])), 0)
+        if stop and stop in held:
+            held, ended = held.split(stop)[0], True
+            continue
+        keep = next((n for n in range(len(stop) - 1, 0, -1) if held.endswith(stop[:n])), 0) if stop else 0
         ready, held = held[: len(held) - keep], held[len(held) - keep :]
         if ready:
             yield ready
