@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from duet.pictures import to_rgb
+
 if TYPE_CHECKING:
     from duet.tracing import ImageRecord
 
@@ -88,7 +90,7 @@ def panel(image: Image.Image, record: ImageRecord, stage: int = VISION_STAGE, si
     """
     rows, columns = record.grid
     fate = patch_fates(record, stage).reshape(rows, columns)
-    pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
+    pixels = np.asarray(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
     row_of = np.arange(size) * rows // size
     column_of = np.arange(size) * columns // size
     fate = fate[row_of][:, column_of]
@@ -132,7 +134,7 @@ def overlay(image: Image.Image, record: ImageRecord, stage: int | None = None, s
     panels = [panel(image, record, one, size) for one in shown]
     titles = [describe(record, one) for one in shown]
     if stage is None:
-        panels.insert(0, image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+        panels.insert(0, to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
         titles.insert(0, "input")
     sheet = Image.new("RGB", (len(panels) * (size + _GAP) + _GAP, size + 2 * _GAP + 2 * _LINE + _GAP), _BACKGROUND)
     pen = ImageDraw.Draw(sheet)
@@ -146,7 +148,7 @@ def overlay(image: Image.Image, record: ImageRecord, stage: int | None = None, s
 
 
 def _legend(pen: ImageDraw.ImageDraw, image: Image.Image, top: int, font) -> None:
-    average = np.asarray(image.convert("RGB").resize((1, 1)), dtype=np.float32)[0, 0]
+    average = np.asarray(to_rgb(image).resize((1, 1)), dtype=np.float32)[0, 0]
     kept = _rgb(average)
     tint = _rgb((1 - _TINT) * average + _TINT * np.asarray(token_colour(0)))
     dark = _rgb(np.repeat(average.mean() * _DROPPED, 3))
@@ -200,7 +202,7 @@ def heat_map(image: Image.Image, scores, grid: tuple[int, int] | None = None, si
     green = np.minimum(_ramp(level), _ramp(1 - level))
     colours = np.stack([_ramp(level - 0.5), green, _ramp(0.5 - level)], axis=-1)
     blocks = Image.fromarray((255 * colours).round().astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
-    base = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    base = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC)
     return Image.blend(base, blocks, 0.55)
 
 

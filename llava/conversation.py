@@ -161,9 +161,13 @@ class Conversation:
         Raises:
             ValueError: If the mode is unknown.
         """
+        from llava.large_pictures import pad_and_resize
         from llava.mm_utils import CLIP_MEAN_COLOUR, expand2square
 
-        if image_process_mode == "Pad":
+        if image_process_mode == "Pad" and max(image.size) > max_len:
+            side = min(max_len, min_len)
+            image = pad_and_resize(image, CLIP_MEAN_COLOUR, (side, side), Image.Resampling.BICUBIC)
+        elif image_process_mode == "Pad":
             image = expand2square(image, CLIP_MEAN_COLOUR)
         elif image_process_mode == "Resize":
             image = image.resize((336, 336))
@@ -171,8 +175,8 @@ class Conversation:
             raise ValueError(f"unknown image mode {image_process_mode!r}; use Pad, Default, Crop or Resize")
         if max(image.size) > max_len:
             aspect = max(image.size) / min(image.size)
-            short = int(min(max_len / aspect, min_len, min(image.size)))
-            long = int(short * aspect)
+            short = max(1, int(min(max_len / aspect, min_len, min(image.size))))
+            long = min(int(short * aspect), max_len)
             width, height = image.size
             image = image.resize((short, long) if height > width else (long, short))
         if return_pil:

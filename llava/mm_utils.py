@@ -9,7 +9,6 @@ import ast
 import base64
 import math
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from PIL import Image
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.large_pictures import prepare
+from llava.pictures import MAX_PIXELS, read_picture
 
 Size = tuple[int, int]
 
@@ -142,16 +143,29 @@ def process_anyres_image(
 
 
 def load_image_from_base64(image: str) -> Image.Image:
-    """Decode a base64 string into a picture."""
-    return Image.open(BytesIO(base64.b64decode(image)))
+    """Decode a base64 string into an RGB picture.
+
+    Raises:
+        ValueError: It is no picture; see `llava.pictures.read_picture`.
+    """
+    return read_picture(base64.b64decode(image))
 
 
 def expand2square(pil_img: Image.Image, background_color: Any) -> Image.Image:
-    """Centre the picture on a square of the background colour; a square picture is returned as it is."""
+    """Centre the picture on a square of the background colour; a square picture is returned as it is.
+
+    Raises:
+        ValueError: The square would have more than `llava.pictures.MAX_PIXELS`.
+    """
     width, height = pil_img.size
     if width == height:
         return pil_img
     side = max(width, height)
+    if side * side > MAX_PIXELS:
+        raise ValueError(
+            f"a picture of {width} x {height} pixels on a square has {side * side:,}, more than {MAX_PIXELS:,}; "
+            "process_images does without the square"
+        )
     square = Image.new(pil_img.mode, (side, side), background_color)
     square.paste(pil_img, ((side - width) // 2, (side - height) // 2))
     return square
@@ -181,14 +195,16 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
     if aspect_ratio == "pad":
         # Truncated, not rounded: the checkpoints were trained with these colours.
         colour = tuple(int(channel * 255) for channel in image_processor.image_mean)
-        pixels = [_pixel_values(expand2square(image, colour), image_processor) for image in images]
+        squares = (expand2square(prepare(image, image_processor, colour), colour) for image in images)
+        pixels = [_pixel_values(square, image_processor) for square in squares]
     elif aspect_ratio == "anyres":
         pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)
         pixels = [process_anyres_image(image, image_processor, pinpoints) for image in images]
     elif str(aspect_ratio).startswith("anyres"):
         raise ValueError(f"image_aspect_ratio {aspect_ratio!r} is not supported; use 'anyres', 'pad' or 'square'")
     else:
-        return image_processor(images, return_tensors="pt")["pixel_values"]
+        fitted = [prepare(image, image_processor, None) for image in images]
+        return image_processor(fitted, return_tensors="pt")["pixel_values"]
     if len({tensor.shape for tensor in pixels}) == 1:
         return torch.stack(pixels)
     return pixels

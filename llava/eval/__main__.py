@@ -37,6 +37,7 @@ from llava.eval.tasks.base import BadEvalData, Question, Task, part_of
 from llava.eval.video import require_reader
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
+from llava.pictures import add_arguments as add_picture_arguments
 from llava.reduction import ReductionArguments
 
 SHOWN = 10
@@ -72,6 +73,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, model_help: str = "checkp
         "--limit-pictures", type=int, default=None, metavar="N",
         help="ask and score questions about N pictures only, spread evenly",
     )  # fmt: skip
+    add_picture_arguments(parser)
     parser.add_argument("--conv-mode", default=None, help="template (default: the model's own, else vicuna_v1)")
     parser.add_argument("--device", default="cuda", help="cuda (NVIDIA and AMD) or cpu")
     parser.add_argument("--dtype", default=None, help="float16, bfloat16 or float32 (default: fp16; fp32 on a CPU)")
@@ -276,6 +278,8 @@ def open_session(args: argparse.Namespace, processes: Processes) -> Session:
     """
     check_arguments(args)
     tasks = choose_tasks(args.benchmarks, args.limit_pictures)
+    for task in tasks:
+        task.orientation = args.image_orientation
     found = find_questions(tasks, args.root, args.limit, args.on_missing == "skip")
     tokenizer, model, image_processor = load(args, processes)
     fingerprint = processes.from_first(

@@ -26,6 +26,7 @@ from llava.eval.generate import Answerer, pack, preprocess, template_for
 from llava.eval.run_llava import load_image, move_pixels
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
+from llava.train.images import find_image
 from llava.train.records import images_of, load_records, split_system
 
 FILE_NAME = "fitprune.json"
@@ -86,10 +87,11 @@ def choose_questions(data_path: str, folder: Path, count: int, seed: int) -> lis
             raise ValueError(f"{data_path}: record {origin.index} has no list of conversations; this is no LLaVA mix")
         _, turns = split_system(record["conversations"])
         if images_of(record) and turns and turns[0].get("from") == "human":
-            found.append((str(turns[0]["value"]), [folder / name for name in images_of(record)]))
+            found.append((str(turns[0]["value"]), images_of(record)))
     if not found:
         raise ValueError(f"{data_path} has no record with a picture and a question")
-    return random.Random(seed).sample(found, min(count, len(found)))
+    chosen = random.Random(seed).sample(found, min(count, len(found)))
+    return [(text, [Path(find_image(folder, name)) for name in names]) for text, names in chosen]
 
 
 @torch.inference_mode()

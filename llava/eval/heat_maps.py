@@ -31,6 +31,8 @@ from llava.eval.plans import DEPTH, Geometry, read_geometry
 from llava.eval.run_llava import move_pixels
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
+from llava.pictures import add_arguments as add_picture_arguments
+from llava.pictures import read_picture
 from llava.reduction import ReductionArguments
 
 LAYERS = {"fig4": 9, "fig6": 24}  # counted from 1, of 32
@@ -65,6 +67,7 @@ def make_parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--conv-mode", default=None, help="template (default: the model's own, else vicuna_v1)")
     parser.add_argument("--device", default="cuda", help="cuda (NVIDIA and AMD) or cpu")
     parser.add_argument("--dtype", default=None)
+    add_picture_arguments(parser)
     ReductionArguments.add_arguments(parser)
     return parser
 
@@ -180,8 +183,7 @@ def draw(args: argparse.Namespace, name: str) -> list[str]:
     geometry = read_geometry(args.model_path, args.model_base)
     config = choose_reduction(args, geometry)
     layer = choose_layer(args.layer, name, geometry.layers)
-    with Image.open(args.image) as opened:
-        picture = opened.convert("RGB")
+    picture = read_picture(args.image, args.image_orientation)
     model_name = get_model_name_from_path(args.model_path)
     tokenizer, model, processor, _ = load_pretrained_model(
         args.model_path, args.model_base, model_name, device=args.device, dtype=args.dtype, duet_config=config

@@ -26,6 +26,7 @@ from llava.eval.run_llava import generation_options, move_pixels
 from llava.eval.video import read_frames
 from llava.mm_utils import get_model_name_from_path, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.pictures import ORIENTATIONS, read_picture
 from llava.reduction import ReductionArguments
 
 MODEL = "duet_llava"
@@ -94,8 +95,13 @@ def decoding(wanted: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def pictures_of(visuals: Any, task: str) -> list[Image.Image]:
+def pictures_of(visuals: Any, task: str, orientation: str = "exif") -> list[Image.Image]:
     """The pictures of one document, RGB; none for None. A path is read as a video, of which 8 frames are taken.
+
+    Args:
+        visuals: what the task's `doc_to_visual` gave; a picture may be undecoded, as `datasets` keeps it.
+        task: its name.
+        orientation: see `llava.pictures.ORIENTATIONS`.
 
     Raises:
         ValueError: one of them is neither a picture nor a path.
@@ -103,9 +109,12 @@ def pictures_of(visuals: Any, task: str) -> list[Image.Image]:
     pictures: list[Image.Image] = []
     for visual in visuals or ():
         if isinstance(visual, Image.Image):
-            pictures.append(visual.convert("RGB"))
+            pictures.append(read_picture(visual, orientation))
         elif isinstance(visual, str | Path):
             pictures += read_frames(visual)
+        elif isinstance(visual, dict) and any(visual.get(key) is not None for key in ("bytes", "path")):
+            data = visual.get("bytes")
+            pictures.append(read_picture(visual["path"] if data is None else data, orientation))
         else:
             raise ValueError(
                 f"{MODEL}: doc_to_visual of task {task!r} gave a {type(visual).__name__}; expected pictures, or paths "
@@ -130,6 +139,7 @@ class LmmsModel:
         attn_implementation: the decoder's attention.
         load_4bit: quantise to 4 bits.
         load_8bit: quantise to 8 bits.
+        image_orientation: how pictures are turned, see `llava.pictures.ORIENTATIONS`.
         **reduction: the flags of `llava.reduction`; none given keeps what the checkpoint says.
 
     Raises:
@@ -154,13 +164,18 @@ class LmmsModel:
         attn_implementation: str = "sdpa",
         load_4bit: bool = False,
         load_8bit: bool = False,
+        image_orientation: str = "exif",
         **reduction: Any,
     ):
         super().__init__()
         flags = parse_reduction(reduction)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"{MODEL}: batch_size={batch_size} must be a whole number; 'auto' is not supported")
-        self.batch_size = int(batch_size)
+        if image_orientation not in ORIENTATIONS:
+            raise ValueError(
+                f"{MODEL}: image_orientation={image_orientation!r} must be one of {', '.join(ORIENTATIONS)}"
+            )
+        self.batch_size, self.orientation = int(batch_size), image_orientation
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         alone = self._world_size == 1
@@ -204,7 +219,7 @@ class LmmsModel:
         return answers
 
     def _turn(self, context: str, _: Any, doc_to_visual: Any, doc_id: int, task: str, split: str):
-        return context, pictures_of(doc_to_visual(self.task_dict[task][split][doc_id]), task)
+        return context, pictures_of(doc_to_visual(self.task_dict[task][split][doc_id]), task, self.orientation)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Mean loss of each continuation, of which lmms-eval takes the smallest, and whether it is the greedy one."""
@@ -215,7 +230,7 @@ class LmmsModel:
         self, context: str, continuation: Any, doc_to_visual: Any, doc_id: int, task: str, split: str
     ) -> tuple[float, bool]:
         doc = self.task_dict[task][split][doc_id]
-        pictures = pictures_of(doc_to_visual(doc), task)
+        pictures = pictures_of(doc_to_visual(doc), task, self.orientation)
         conversation = conv_templates[self.template].copy()
         conversation.append_message(conversation.roles[0], mark_images(context, len(pictures), self.model.config))
         conversation.append_message(

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from llava.eval import vqa
 from llava.eval.run_llava import with_defaults
 from llava.eval.tasks.base import LETTER_ANSWER, BadEvalData
 from llava.eval.vqa import get_chunk, split_list
+from llava.pictures import read_picture
 
 __all__ = [
     "all_options",
@@ -88,8 +87,8 @@ class TablePictures:
         """A name for the picture of every row, for `open`."""
         return [(Path(str(row.image)),) for row in rows]
 
-    def open(self, path: Path) -> list[Image.Image]:
-        """Decode the picture of a row as RGB.
+    def open(self, path: Path, orientation: str = "exif") -> list[Image.Image]:
+        """Decode the picture of a row as RGB; see `llava.pictures.read_picture`.
 
         Raises:
             BadEvalData: there is none, or it is damaged.
@@ -100,8 +99,8 @@ class TablePictures:
         if is_none(text):
             raise BadEvalData(f"{self._where}: the row with index {path.name} has no picture; get the file again")
         try:
-            return [Image.open(BytesIO(base64.b64decode(text))).convert("RGB")]
-        except (binascii.Error, OSError, SyntaxError) as error:
+            return [read_picture(base64.b64decode(text), orientation)]
+        except ValueError as error:
             raise BadEvalData(f"{self._where}: the picture of index {path.name} cannot be read: {error}") from error
 
 

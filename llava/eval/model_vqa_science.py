@@ -52,9 +52,11 @@ def read_questions(path: Path, single_pred_prompt: bool) -> list[vqa.VqaRow]:
     return rows
 
 
-def open_picture(path: Path) -> list[Image.Image]:
+def open_picture(path: Path, orientation: str = "exif") -> list[Image.Image]:
     """A picture in the mode of its file, as LLaVA gives ScienceQA's to the model."""
-    return [ScienceQa().open_visual(path)]
+    task = ScienceQa()
+    task.orientation = orientation
+    return [task.open_visual(path)]
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import urllib.request
-from io import BytesIO
 from typing import Any
 
 import torch
@@ -25,6 +23,8 @@ from llava.constants import (
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.pictures import add_arguments as add_picture_arguments
+from llava.pictures import read_picture
 from llava.reduction import ReductionArguments
 
 logger = logging.get_logger(__name__)
@@ -44,25 +44,18 @@ def image_parser(args: Any) -> list[str]:
     return [part.strip() for part in args.image_file.split(getattr(args, "sep", None) or ",")]
 
 
-def load_image(image_file: str) -> Image.Image:
-    """Open a picture from a path or an http(s) address as RGB.
+def load_image(image_file: str, orientation: str = "exif") -> Image.Image:
+    """Open a picture from a path or an http(s) address as RGB; see `llava.pictures.read_picture`.
 
     Raises:
         ValueError: It does not exist or is no picture; the message names it.
     """
-    try:
-        if image_file.startswith(("http://", "https://")):
-            with urllib.request.urlopen(image_file, timeout=30) as response:
-                return Image.open(BytesIO(response.read())).convert("RGB")
-        with Image.open(image_file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"image {image_file!r} cannot be opened: {error}") from error
+    return read_picture(image_file, orientation)
 
 
-def load_images(image_files: list[str]) -> list[Image.Image]:
+def load_images(image_files: list[str], orientation: str = "exif") -> list[Image.Image]:
     """Open several pictures; see `load_image`."""
-    return [load_image(image_file) for image_file in image_files]
+    return [load_image(image_file, orientation) for image_file in image_files]
 
 
 def choose_template(model_name: str, config: Any, wanted: str | None = None) -> str:
@@ -166,12 +159,12 @@ def eval_model(args: Any) -> str:
     Args:
         args: Attributes as the command line's: `model_path`, `model_base`, `query`, `image_file`, and optionally
             `model_name`, `conv_mode`, `sep`, `temperature`, `top_p`, `num_beams`, `max_new_tokens`, `device`,
-            `load_8bit`, `load_4bit`, and the DUET flags.
+            `load_8bit`, `load_4bit`, `image_orientation`, and the DUET flags.
 
     Raises:
         ValueError: A picture cannot be opened, or the model cannot take pictures.
     """
-    images = load_images(image_parser(args))
+    images = load_images(image_parser(args), getattr(args, "image_orientation", "exif"))
     model_name = getattr(args, "model_name", None) or get_model_name_from_path(args.model_path)
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path,
@@ -213,6 +206,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=512)
     parser.add_argument("--load-8bit", action="store_true")
     parser.add_argument("--load-4bit", action="store_true")
+    add_picture_arguments(parser)
     ReductionArguments.add_arguments(parser)
 
 

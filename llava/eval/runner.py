@@ -98,7 +98,8 @@ def make_settings(
         decoding={"do_sample": False, "num_beams": 1, "max_new_tokens": task.max_new_tokens},
         dtype=dtype,
         attention=str(getattr(config, "_attn_implementation", None)),
-        visuals=f"{frames}{getattr(config, 'image_aspect_ratio', None) or 'processor'}",
+        visuals=f"{frames}{getattr(config, 'image_aspect_ratio', None) or 'processor'}"
+        + (f", {task.orientation} orientation" if task.orientation != "exif" else ""),
     )
 
 

@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 from llava.eval.tasks.base import Question
 from llava.model.paths import resolve_path
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raise it when the same model and questions would give other prompts, pictures or scores."""
 
 _MODEL_FILES = re.compile(

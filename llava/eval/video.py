@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import struct
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from duet.pictures import to_rgb
 from llava.eval.tasks.base import BadEvalData
 
 FRAMES = 8  # Video-LLaVA's number
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 _PICTURES = {".gif"}  # read with PIL
-_PIL_ERRORS = (OSError, SyntaxError, EOFError, LookupError, ValueError, struct.error)  # what damaged files give
+MAX_FRAME_PIXELS = 1 << 25
+"""Pixels of a frame, a little more than 8K video has: several frames are held at a time."""
 
 
 def frame_indices(total: int, count: int = FRAMES) -> list[int]:
@@ -39,7 +40,8 @@ def read_frames(path: str | Path, count: int = FRAMES) -> list[Image.Image]:
     where it is right. No more than `count` frames are held at a time. Nothing is flipped or turned.
 
     Raises:
-        BadEvalData: the file is absent, empty, holds no video, or cannot be decoded to its end; names it.
+        BadEvalData: the file is absent, empty, holds no video, cannot be decoded to its end, or has frames of more than
+            `MAX_FRAME_PIXELS`; names it.
         ImportError: PyAV is not installed, and this is not a GIF.
     """
     path = Path(path)
@@ -98,9 +100,18 @@ def _declared_frames(path: Path) -> int:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise BadEvalData(f"{path} holds no video stream; expected a video")
-            return max(container.streams.video[0].frames, 0)
+            stream = container.streams.video[0]
+            _check_frame(path, stream.codec_context.width, stream.codec_context.height)
+            return max(stream.frames, 0)
     except (FFmpegError, OSError) as error:
         raise BadEvalData(f"video {path} cannot be opened: {error}; fetch it again") from error
+
+
+def _check_frame(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_FRAME_PIXELS:
+        raise BadEvalData(
+            f"video {path} has frames of {width} x {height} pixels, the limit is {MAX_FRAME_PIXELS:,}; scale it down"
+        )
 
 
 def _scan_video(path: Path, wanted: list[int]) -> tuple[int, dict[int, Image.Image]]:
@@ -113,6 +124,8 @@ def _scan_video(path: Path, wanted: list[int]) -> tuple[int, dict[int, Image.Ima
         with av.open(str(path)) as container:
             for frame in container.decode(container.streams.video[0]):
                 if total in keep:
+                    # The size may change within a video.
+                    _check_frame(path, frame.width, frame.height)
                     kept[total] = frame.to_image()
                 total += 1
     except (FFmpegError, OSError) as error:
@@ -124,11 +137,14 @@ def _read_gif(path: Path, count: int) -> list[Image.Image]:
     kept: dict[int, Image.Image] = {}
     try:
         with Image.open(path) as image:
+            _check_frame(path, *image.size)
             wanted = frame_indices(getattr(image, "n_frames", 1), count)
             for index in sorted(set(wanted)):
                 image.seek(index)
-                kept[index] = image.convert("RGB")
-    except _PIL_ERRORS as error:
+                kept[index] = to_rgb(image)
+    except BadEvalData:
+        raise
+    except Exception as error:  # damaged files make Pillow raise nearly anything
         raise BadEvalData(
             f"video {path} cannot be decoded after {len(kept)} frames: {error}; fetch it again"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -26,6 +27,8 @@ from llava.eval.settings import Settings, model_fingerprint, questions_digest
 from llava.eval.tasks.base import BadEvalData, Question
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
+from llava.pictures import add_arguments as add_picture_arguments
+from llava.pictures import read_picture
 from llava.reduction import ReductionArguments
 
 logger = logging.get_logger(__name__)
@@ -71,6 +74,7 @@ def make_parser(prog: str, description: str, question_file: str, conv_mode: str)
     parser.add_argument("--batch", type=int, default=8, help="questions at once; greedy answers do not depend on it")
     parser.add_argument("--workers", type=int, default=2, help="processes that load pictures")
     parser.add_argument("--device", default="cuda", help="cuda (NVIDIA and AMD) or cpu")
+    add_picture_arguments(parser)
     ReductionArguments.add_arguments(parser)
     return parser
 
@@ -110,10 +114,9 @@ def read_questions(path: Path) -> list[VqaRow]:
     return rows
 
 
-def open_rgb(path: Path) -> list[Image.Image]:
-    """A picture as RGB."""
-    with Image.open(path) as image:
-        return [image.convert("RGB")]
+def open_rgb(path: Path, orientation: str = "exif") -> list[Image.Image]:
+    """A picture as RGB; see `llava.pictures.read_picture`."""
+    return [read_picture(path, orientation)]
 
 
 class FolderPictures:
@@ -121,10 +124,10 @@ class FolderPictures:
 
     Args:
         folder: where they are.
-        open_picture: opens one.
+        open_picture: opens one; takes the path and `orientation`.
     """
 
-    def __init__(self, folder: Path, open_picture: Callable[[Path], list[Image.Image]] = open_rgb) -> None:
+    def __init__(self, folder: Path, open_picture: Callable[..., list[Image.Image]] = open_rgb) -> None:
         self.folder, self.open = folder, open_picture
 
     def find(self, rows: Sequence[VqaRow]) -> list[tuple[Path, ...]]:
@@ -259,12 +262,14 @@ def run(
         decoding=generation_options(args.temperature, args.top_p, args.num_beams, max_new_tokens),
         dtype=str(model.dtype).removeprefix("torch."),
         attention=str(getattr(model.config, "_attn_implementation", None)),
-        visuals=str(getattr(model.config, "image_aspect_ratio", None)),
+        visuals=str(getattr(model.config, "image_aspect_ratio", None))
+        + (f", {args.image_orientation} orientation" if args.image_orientation != "exif" else ""),
     )
     path = Path(os.path.expanduser(args.answers_file))
     continue_file(path, settings)
     with AnswersFile(path) as file:
-        answer_rows(rows, files, file, answerer, args, max_new_tokens, pictures.open)
+        opener = functools.partial(pictures.open, orientation=args.image_orientation)
+        answer_rows(rows, files, file, answerer, args, max_new_tokens, opener)
 
 
 @main_guard(statuses={BadEvalData: 2})

@@ -71,7 +71,7 @@ def chat(args: argparse.Namespace) -> None:
         ValueError: A picture cannot be opened, or the model cannot take pictures.
     """
     model_name = get_model_name_from_path(args.model_path)
-    images = load_images(image_parser(args))
+    images = load_images(image_parser(args), args.image_orientation)
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path,
         args.model_base,

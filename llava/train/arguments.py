@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from llava.pictures import ORIENTATIONS
 from llava.reduction import ReductionArguments
 from llava.train import runtime
 from llava.train.old_flags import OldFlags
@@ -89,10 +90,15 @@ class DataArguments:
     max_zero_label_share: float = field(
         default=0.01, metadata={"help": "stop when more than this share of the records has nothing to learn from"}
     )
+    image_orientation: str = field(
+        default="exif",
+        metadata={"help": "exif: pictures are turned as the camera noted; stored: they are not, as in LLaVA"},
+    )
 
     def __post_init__(self) -> None:
         check_choice("on_bad_sample", self.on_bad_sample, ("error", "skip"))
         check_choice("scan_images", self.scan_images, ("none", "open", "decode"))
+        check_choice("image_orientation", self.image_orientation, ORIENTATIONS)
         if self.video_folder is not None:
             raise ValueError("--video_folder: video training is not supported yet")
         # No flags: filled in when the model is built.

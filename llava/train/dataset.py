@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 import os
+import re
 import tempfile
 import uuid
 from functools import cached_property
@@ -15,7 +16,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from llava import conversation as conversation_lib
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IMAGE_TOKEN_INDEX,
+)
 from llava.conversation import Conversation, SeparatorStyle
 from llava.mm_utils import process_images
 from llava.train.collator import DataCollatorForSupervisedDataset
@@ -28,9 +35,12 @@ from llava.train.records import (
     BadSampleLog,
     Origin,
     Record,
+    as_bad_sample,
     check_record,
+    control_tokens,
     images_of,
     load_records,
+    refuse_control_tokens,
     split_system,
 )
 from llava.utils import process_rank
@@ -54,9 +64,11 @@ class LazySupervisedDataset(Dataset):
     Attributes:
         list_data_dict: The records.
         videos: Whether records may have videos.
+        max_aspect_ratio: Longer to shorter side of a picture from which on it is refused; None for no limit.
     """
 
     videos = False
+    max_aspect_ratio: float | None = None
 
     def __init__(self, data_path: Any, tokenizer: Any, data_args: Any):
         super().__init__()
@@ -68,6 +80,7 @@ class LazySupervisedDataset(Dataset):
         # Settled here because worker processes do not see a default that was set after they imported the module, and
         # must share one list.
         self.conversation, self.bad_samples = self.conversation, self.bad_samples
+        self.control_tokens = self.control_tokens
         if not self.multimodal and any(self._has_image(record) for record in self.list_data_dict):
             logger.warning("records have images but the run has no vision tower: %s stays text", DEFAULT_IMAGE_TOKEN)
 
@@ -78,6 +91,11 @@ class LazySupervisedDataset(Dataset):
     def conversation(self) -> Conversation:
         """The template of prompts."""
         return conversation_lib.default_conversation.copy()
+
+    @cached_property
+    def control_tokens(self) -> re.Pattern[str] | None:
+        """Finds texts that no turn may hold; see ``llava.train.records.control_tokens``."""
+        return control_tokens(self.tokenizer, _written(self.conversation))
 
     @cached_property
     def origins(self) -> list[Origin]:
@@ -136,6 +154,8 @@ class LazySupervisedDataset(Dataset):
             decode=decode,
             workers=workers,
             extra_check=self.check_fit,
+            videos=self.videos,
+            max_aspect_ratio=self.max_aspect_ratio,
         )
 
     def drop(self, report: Report) -> None:
@@ -167,11 +187,12 @@ class LazySupervisedDataset(Dataset):
         """
         try:
             return self.build(self.list_data_dict[i])
-        except BadSampleError as error:
-            bad = error.at(self.origins[i], self.list_data_dict[i])
+        except Exception as error:
+            reason = as_bad_sample(error)
+            bad = reason.at(self.origins[i], self.list_data_dict[i])
             if not self.skip_bad:
                 raise BadSampleError(
-                    f"{bad}. Use --on_bad_sample skip to leave such records out", error.kind
+                    f"{bad}. Use --on_bad_sample skip to leave such records out", reason.kind
                 ) from error
             self.bad_samples.add(bad)
             logger.warning("replaced a bad sample: %s", bad)
@@ -187,8 +208,8 @@ class LazySupervisedDataset(Dataset):
                 continue
             try:
                 return self.build(self.list_data_dict[index])
-            except BadSampleError as error:
-                self.bad_samples.add(error.at(self.origins[index], self.list_data_dict[index]))
+            except Exception as error:
+                self.bad_samples.add(as_bad_sample(error).at(self.origins[index], self.list_data_dict[index]))
             tries += 1
             if tries >= _MAX_REPLACEMENTS:
                 break
@@ -206,7 +227,7 @@ class LazySupervisedDataset(Dataset):
             # Turns that were left out because of the length take their images with them.
             kept = names[: int((sample["input_ids"] == IMAGE_TOKEN_INDEX).sum())]
             folder = getattr(self.data_args, "image_folder", None)
-            pictures = [read_image(find_image(folder, name)) for name in kept]
+            pictures = [read_image(find_image(folder, name), self._orientation()) for name in kept]
             pixels = [self._pixels(picture) for picture in pictures]
             sizes = [picture.size for picture in pictures]
             sample["image"], sample["image_size"] = (pixels[0], sizes[0]) if len(names) == 1 else (pixels, sizes)
@@ -224,6 +245,7 @@ class LazySupervisedDataset(Dataset):
             BadSampleError: If not even the first question and answer fit.
         """
         turns = record["conversations"]
+        refuse_control_tokens(turns, self.control_tokens)
         names = images_of(record) if self.multimodal else []
         turns = preprocess_multimodal([turns], self.data_args, max(1, len(names)), self.conversation)[0]
         encoded = self._encode_turns(turns, bool(names))
@@ -270,7 +292,10 @@ class LazySupervisedDataset(Dataset):
         if count is None:
             return [self._most_visual_tokens()] * len(names)
         folder = getattr(self.data_args, "image_folder", None)
-        return [count(image_size(find_image(folder, name))) for name in names]
+        return [count(image_size(find_image(folder, name), self._orientation())) for name in names]
+
+    def _orientation(self) -> str:
+        return getattr(self.data_args, "image_orientation", "exif")
 
     @staticmethod
     def _expanded_length(input_ids: torch.Tensor, visual: list[int]) -> int:
@@ -279,12 +304,13 @@ class LazySupervisedDataset(Dataset):
         return len(input_ids) - slots + sum(visual[:slots])
 
     def check_fit(self, record: Record) -> None:
-        """Refuse a good record that does not suit the template, or whose first turns exceed the context.
+        """Refuse a good record that does not suit the template or tokenizer, or whose first turns exceed the context.
 
         Records that are short for sure are not tokenised.
         """
         if self.conversation.sep_style is SeparatorStyle.PLAIN:
             check_caption(record["conversations"])
+        refuse_control_tokens(record["conversations"], self.control_tokens)
         text = sum(len(turn["value"].encode("utf-8")) for turn in record["conversations"][:3])
         # A token stands for at least one byte; 64 pays for roles, separators and word-start marks.
         bound = text + len(self.conversation.system.encode("utf-8")) + 64
@@ -305,6 +331,12 @@ class LazySupervisedDataset(Dataset):
         if getattr(self.data_args, "image_aspect_ratio", None) == "anyres":
             shape = (1, *shape)
         return torch.zeros(shape), (width, height)
+
+
+def _written(template: Conversation) -> list[str]:
+    """What a template writes around turns, and the words that training adds to a picture's mark."""
+    texts = [*template.roles, template.system, template.sep, template.sep2 or ""]
+    return [*texts, DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN]
 
 
 def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any]:

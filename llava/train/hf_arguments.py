@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from llava.pictures import ORIENTATIONS
 from llava.reduction import ReductionArguments
 from llava.train.arguments import TrainingArguments, check_choice, parse_arguments
 
@@ -59,10 +60,15 @@ class HfDataArguments:
     max_zero_label_share: float = field(
         default=0.01, metadata={"help": "stop when more than this share of the records has nothing to learn from"}
     )
+    image_orientation: str = field(
+        default="exif",
+        metadata={"help": "exif: pictures are turned as the camera noted; stored: they are not, as in LLaVA"},
+    )
 
     def __post_init__(self) -> None:
         check_choice("on_bad_sample", self.on_bad_sample, ("error", "skip"))
         check_choice("scan_images", self.scan_images, ("none", "open", "decode"))
+        check_choice("image_orientation", self.image_orientation, ORIENTATIONS)
         if self.num_frames < 1:
             raise ValueError(f"--num_frames {self.num_frames}: expected at least 1")
         # No flags: what the dataset of LLaVA's own training reads.

@@ -120,6 +120,14 @@ class Chat:
         logger.warning("the chat template does not end answers; %s is added to each, so that the model learns to", eos)
         return eos
 
+    def skeleton(self) -> str:
+        """What the template writes around turns."""
+        return self.render([{"role": role, "content": [_text(".")]} for role in ("user", "assistant")])
+
+    def visual_texts(self) -> list[str]:
+        """The texts of the tokens that stand for pictures."""
+        return [token for token in self.tokenizer.convert_ids_to_tokens(sorted(self.visual_ids)) if token]
+
     # ---- text
 
     def render(self, messages: Sequence[Message], open_turn: bool = False) -> str:

@@ -20,8 +20,16 @@ from llava.eval.tasks.base import BadEvalData
 from llava.eval.video import VIDEO_SUFFIXES, read_frames, require_reader
 from llava.train.dataset import LazySupervisedDataset
 from llava.train.hf_chat import Chat, messages_of
-from llava.train.images import find_image, read_image
-from llava.train.records import BadSampleError, Record, check_record, images_of, videos_of
+from llava.train.images import check_shape, find_image, read_image
+from llava.train.records import (
+    BadSampleError,
+    Record,
+    check_record,
+    control_tokens,
+    images_of,
+    refuse_control_tokens,
+    videos_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +50,13 @@ class HfDataset(LazySupervisedDataset):
         videos: whether the model can be trained on videos.
     """
 
+    max_aspect_ratio = 200.0  # Qwen's processors refuse more, and others scale the longer side without a limit
+
     def __init__(self, data_path: Any, chat: Chat, data_args: Any, videos: bool) -> None:
         super().__init__(data_path, chat.tokenizer, data_args)
         self.chat = chat
         self.videos = videos
+        self.control_tokens = control_tokens(chat.tokenizer, [chat.skeleton()], chat.visual_texts())
 
     @staticmethod
     def _has_image(record: Any) -> bool:
@@ -63,12 +74,14 @@ class HfDataset(LazySupervisedDataset):
         Raises:
             BadSampleError: it cannot be labelled, or not even the first question and answer fit.
         """
+        refuse_control_tokens(record["conversations"], self.control_tokens)
         labelled = self.chat.fit(messages_of(record, self.chat.end_mark))
         ids, answers = torch.tensor(labelled.ids), torch.tensor(labelled.answers)
         return {"input_ids": ids, "labels": ids.masked_fill(~answers, IGNORE_INDEX)}
 
     def check_fit(self, record: Record) -> None:
-        """Refuse a record whose videos cannot be read; whether it fits is seen when it is labelled."""
+        """Refuse a record with control tokens or unreadable videos; whether it fits is seen when it is labelled."""
+        refuse_control_tokens(record["conversations"], self.control_tokens)
         for name in videos_of(record) if self.data_args.scan_images != "none" else []:
             path = self._find_video(name)
             if self.data_args.scan_images == "decode":
@@ -77,17 +90,24 @@ class HfDataset(LazySupervisedDataset):
     def build(self, record: Record) -> dict[str, Any]:
         """Turn a record into a sample: one row of inputs under `inputs`, and the record's name."""
         check_record(record, videos=self.videos)
+        refuse_control_tokens(record["conversations"], self.control_tokens)
         labelled = self.chat.fit(messages_of(record, self.chat.end_mark))
         # Turns that were left out because of the length take their pictures with them.
         names = images_of(record)[: labelled.pictures["image"]]
-        images = [read_image(find_image(self.data_args.image_folder, name)) for name in names]
+        images = [self._read_image(name) for name in names]
         clips = videos_of(record)[: labelled.pictures["video"]]
         videos = [_read_video(self._find_video(name), self.data_args.num_frames) for name in clips]
         return {"inputs": self.chat.sample(labelled, images, videos)}
 
+    def _read_image(self, name: str) -> Image.Image:
+        path = find_image(self.data_args.image_folder, name)
+        picture = read_image(path, self.data_args.image_orientation)
+        check_shape(path, picture.size, self.max_aspect_ratio)
+        return picture
+
     def _find_video(self, name: str) -> str:
         try:
-            path = find_image(self.data_args.videos, name)
+            path = find_image(self.data_args.videos, name, VIDEO_SUFFIXES)
         except BadSampleError as error:
             raise BadSampleError(f"video {name!r}: {error.reason}", "missing video") from error
         if Path(path).suffix.lower() not in VIDEO_SUFFIXES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from llava.train.plan import (
 )
 from llava.train.plan_text import missing_lines
 from llava.train.recipes import Job
+from llava.train.records import load_records, videos_of
 
 MODULE = "llava.train.train_hf"
 
@@ -274,10 +274,10 @@ def has(package: str) -> bool:
 def sample_videos(flags: Mapping[str, Any]) -> list[str]:
     """Names of some videos of the data, where its first file is small enough to look into."""
     path = Path(str(flags["data_path"]).replace(",", " ").split()[0])
-    if not path.is_file() or path.suffix != ".json" or path.stat().st_size > 200_000_000:
+    if not path.is_file() or path.suffix in (".yaml", ".yml") or path.stat().st_size > 200_000_000:
         return []
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records, _ = load_records([str(path)])
     except ValueError:
         return []  # training itself reports a broken file, with the place
-    return [str(record["video"]) for record in records[:1000] if isinstance(record, dict) and "video" in record]
+    return [str(name) for record in records[:1000] if isinstance(record, dict) for name in videos_of(record)]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from llava.reduction import ReductionArguments
 from llava.train import runtime
 from llava.train.argv import split_flags
 from llava.train.recipes import COMMON, JOBS, RECIPES, Job, Recipe, StageRecipe
+from llava.train.records import load_records
 
 ENVIRONMENT = {
     "RECIPE": "tiny or 7b (default: tiny without an accelerator, 7b with one)",
@@ -193,10 +193,10 @@ def split_batch(global_batch: int, per_device: int, world: int) -> tuple[int, in
 
 def count_records(path: Path, expected: int) -> int:
     """Records of an annotation file; the recipe's number for files that are missing or too large to read for a plan."""
-    if not path.is_file() or path.stat().st_size > COUNTABLE_BYTES or path.suffix != ".json":
+    if not path.is_file() or path.stat().st_size > COUNTABLE_BYTES or path.suffix in (".yaml", ".yml"):
         return expected
     try:
-        return len(json.loads(path.read_text(encoding="utf-8")))
+        return len(load_records([str(path)])[0])
     except (ValueError, OSError):
         return expected  # training itself reports a broken file, with the place
 

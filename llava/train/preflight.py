@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from llava.train.images import find_image, probe_image
-from llava.train.records import BadRecord, BadSampleError, Origin, check_record, images_of
+from llava.train.records import (
+    UNLABELLED,
+    BadRecord,
+    BadSampleError,
+    Origin,
+    as_bad_sample,
+    check_record,
+    images_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +35,14 @@ class Report:
         images: Number of different pictures that were looked at.
         bad: The bad records, in file order.
         positions: For every bad record its place in the list that was scanned.
+        unlabelled: How many records have nothing to learn from; an estimate where only some were tokenised.
     """
 
     records: int = 0
     images: int = 0
     bad: list[BadRecord] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    unlabelled: int = 0
 
     @property
     def ok(self) -> bool:
@@ -56,7 +66,7 @@ class Report:
         """Write the bad records as JSON lines: file, index, id, kind, reason."""
         lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in self.bad]
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text("".join(lines), encoding="utf-8")
+        Path(path).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
     def raise_if_bad(self) -> None:
         """Raise ``BadSampleError`` with the summary when a record is bad."""
@@ -77,6 +87,7 @@ def scan(
     workers: int = 8,
     extra_check: Callable[[Any], None] | None = None,
     videos: bool = False,
+    max_aspect_ratio: float | None = None,
 ) -> Report:
     """Check every record: types, roles, answers, image marks, and the pictures.
 
@@ -88,8 +99,9 @@ def scan(
         images: Whether pictures are opened.
         decode: Read every pixel (finds truncated files) instead of the headers only.
         workers: Threads that open pictures.
-        extra_check: Further check of a record that is good so far; raises ``BadSampleError``.
+        extra_check: Further check of a record that is good so far. Whatever it raises makes the record a bad one.
         videos: Whether the model takes videos; their files are the business of ``extra_check``.
+        max_aspect_ratio: Longer to shorter side from which on a picture is refused; None for no limit.
 
     Returns:
         The report. Each picture is opened once, however many records use it.
@@ -101,17 +113,17 @@ def scan(
             check_record(record, multimodal, videos)
             if extra_check is not None:
                 extra_check(record)
-        except BadSampleError as error:
-            problems[position] = error
+        except Exception as error:
+            problems[position] = as_bad_sample(error)
             continue
         for name in images_of(record) if multimodal and images else []:
             users.setdefault(name, []).append(position)
 
     def check_picture(name: str) -> BadSampleError | None:
         try:
-            probe_image(find_image(image_folder, name), decode=decode)
-        except BadSampleError as error:
-            return error
+            probe_image(find_image(image_folder, name), decode, max_aspect_ratio)
+        except Exception as error:
+            return as_bad_sample(error)
         return None
 
     if users:
@@ -123,4 +135,5 @@ def scan(
     positions = sorted(problems)
     places = origins or [Origin("records", position) for position in range(len(records))]
     bad = [problems[position].at(places[position], records[position]) for position in positions]
-    return Report(records=len(records), images=len(users), bad=bad, positions=positions)
+    unlabelled = sum(one.kind in UNLABELLED for one in bad)
+    return Report(records=len(records), images=len(users), bad=bad, positions=positions, unlabelled=unlabelled)

@@ -180,6 +180,7 @@ def check_data(args: RunArguments, dataset: LazySupervisedDataset) -> None:
             decode=args.data.scan_images == "decode",
             extra_check=dataset.check_fit,
             videos=dataset.videos,
+            max_aspect_ratio=getattr(dataset, "max_aspect_ratio", None),
         )
         check_labels(dataset, report)
     box = [report]
@@ -191,11 +192,10 @@ def check_data(args: RunArguments, dataset: LazySupervisedDataset) -> None:
         return
     if args.data.on_bad_sample == "error":
         report.raise_if_bad()
-    empty = sum(count for kind, count in report.counts.items() if kind in ("empty answer", "no answer", "too long"))
-    if empty > args.data.max_zero_label_share * report.records:
+    if report.unlabelled > args.data.max_zero_label_share * report.records:
         raise BadSampleError(
-            f"{empty} of {report.records} records have nothing to learn from, more than --max_zero_label_share "
-            f"{args.data.max_zero_label_share} allows.\n{report.summary()}",
+            f"{report.unlabelled} of {report.records} records have nothing to learn from, more than "
+            f"--max_zero_label_share {args.data.max_zero_label_share} allows.\n{report.summary()}",
             "no labels",
         )
     if runtime.is_rank0():
@@ -204,11 +204,12 @@ def check_data(args: RunArguments, dataset: LazySupervisedDataset) -> None:
 
 
 def check_labels(dataset: LazySupervisedDataset, report: Any) -> None:
-    """Tokenise records and add those that teach nothing to the report.
+    """Tokenise records and add those that teach nothing to the report, whatever the reason.
 
-    Up to `LABEL_CHECKS` records are tokenised, evenly spread over a larger set, where all of them would take minutes.
+    Up to `LABEL_CHECKS` records are tokenised, evenly spread over a larger set, where all of them would take minutes;
+    each then stands for several in the report's estimate of how many teach nothing.
     """
-    from llava.train.records import BadSampleError
+    from llava.train.records import as_bad_sample
 
     bad = set(report.positions)
     good = [index for index in range(len(dataset)) if index not in bad]
@@ -217,9 +218,10 @@ def check_labels(dataset: LazySupervisedDataset, report: Any) -> None:
         record = dataset.list_data_dict[index]
         try:
             dataset.encode(record)
-        except BadSampleError as err:
-            report.bad.append(err.at(dataset.origins[index], record))
+        except Exception as err:
+            report.bad.append(as_bad_sample(err).at(dataset.origins[index], record))
             report.positions.append(index)
+            report.unlabelled += step
 
 
 def make_trainer(

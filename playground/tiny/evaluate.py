@@ -29,6 +29,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.pictures import read_picture
 from llava.reduction import ReductionArguments
 from playground.tiny.questions import KINDS
 from playground.tiny.report import write_table
@@ -110,11 +111,7 @@ class Pixels:
         Raises:
             ValueError: it cannot be opened; names it.
         """
-        try:
-            with Image.open(os.path.join(self.folder, name)) as image:
-                return image.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"image {name} in {self.folder} cannot be opened: {error}") from error
+        return read_picture(os.path.join(self.folder, name))
 
     def __call__(self, names: list[str]) -> torch.Tensor:
         """Pixels [B, 3, H, W] of some images."""

@@ -134,7 +134,7 @@ def test_jsonl_broken_in_the_middle(tmp_path):
 
 
 def test_not_an_array(tmp_path):
-    with pytest.raises(ValueError, match="expected a JSON array of records, found dict"):
+    with pytest.raises(ValueError, match="expected a JSON array of records or one record a line, found one dict"):
         load_records(write_json(tmp_path / "a.json", {"a": 1}))
 
 

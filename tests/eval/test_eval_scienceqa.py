@@ -256,7 +256,7 @@ def test_a_picture_that_cannot_be_opened_is_named(task, tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(b"no picture")
     for file in (path, tmp_path / "none.png"):
-        with pytest.raises(BadEvalData, match=f"scienceqa: picture .*{file.name} cannot be opened"):
+        with pytest.raises(BadEvalData, match=f"scienceqa: image .*{file.name}. cannot be read"):
             task.open_visual(file)
 
 

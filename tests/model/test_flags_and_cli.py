@@ -167,7 +167,7 @@ def test_eval_model_gives_the_golden_answer(capsys):
 def test_pictures_that_cannot_be_opened(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     for path in (str(tmp_path / "broken.png"), str(tmp_path / "nope.png")):
-        with pytest.raises(ValueError, match="cannot be opened"):
+        with pytest.raises(ValueError, match="cannot be read"):
             run_llava.load_image(path)
     assert run_llava.image_parser(SimpleNamespace(image_file="a.png, b.png", sep=",")) == ["a.png", "b.png"]
     assert run_llava.load_images([PICTURE])[0].mode == "RGB"

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, TypeVar
 
 from PIL import Image
 
+from llava.pictures import PictureError, read_picture
+
 # What LLaVA's prompts end with. Benchmarks are sensitive to every character of them.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
@@ -113,6 +115,7 @@ class Task(ABC):
         max_new_tokens: as in LLaVA's script for it.
         video: whether `Question.visuals` is a video, to be read as frames.
         pictures: of how many pictures it asks; None is all, see `part_of`.
+        orientation: how pictures are turned, see `llava.pictures.ORIENTATIONS`; the command line sets it.
     """
 
     name: ClassVar[str]
@@ -121,6 +124,7 @@ class Task(ABC):
     max_new_tokens: ClassVar[int] = 128
     video: ClassVar[bool] = False
     pictures: ClassVar[int | None] = None
+    orientation: str = "exif"
 
     def home(self, root: Path) -> Path:
         """The benchmark's folder."""
@@ -170,11 +174,13 @@ class Task(ABC):
         Raises:
             BadEvalData: it cannot be opened; names it.
         """
+        return self._read(path)
+
+    def _read(self, path: Path, keep_palette: bool = False) -> Image.Image:
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise BadEvalData(f"{self.name}: picture {path} cannot be opened: {error}") from error
+            return read_picture(path, self.orientation, keep_palette=keep_palette)
+        except PictureError as error:
+            raise BadEvalData(f"{self.name}: {error}") from error
 
 
 def pick(questions: Sequence[Question], pictures: int) -> list[Question]:

@@ -213,15 +213,7 @@ class ScienceQa(Task):
         Raises:
             BadEvalData: it cannot be opened; names it.
         """
-        try:
-            with Image.open(path) as image:
-                if image.mode != "P":
-                    return image.convert("RGB")
-                picture = image.copy()
-                picture.info.pop("transparency", None)
-                return picture
-        except (OSError, SyntaxError) as error:
-            raise BadEvalData(f"{self.name}: picture {path} cannot be opened: {error}") from error
+        return self._read(path, keep_palette=True)
 
 
 def match_answers(problems: Mapping[str, Any], answers: Sequence[Answer]) -> tuple[dict[str, Answer], list[str]]:
