@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.context import check_prompt, room_for_prompt, visual_tokens
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
-from llava.eval.prefix import depends_on_question, find_shared, left_pad, may_be_cut, run_prefixes
+from llava.eval.prefix import depends_on_question, find_shared, left_pad, run_prefixes
 from llava.eval.run_llava import choose_template, generation_options, image_mark, move_pixels
 from llava.mm_utils import process_images, tokenizer_image_token
 
@@ -138,6 +140,19 @@ class Answerer:
         pixels = pack(preprocess(pictures, self.image_processor, self.model.config))
         return self.generate(ids, pixels, [picture.size for picture in pictures], max_new_tokens, **options)
 
+    def check(self, ids: Sequence[int], sizes: Sequence[tuple[int, int]], max_new_tokens: int) -> None:
+        """Refuse a question that does not fit the context; the model would cut its end.
+
+        Args:
+            ids: its prompt.
+            sizes: (width, height) of its pictures.
+            max_new_tokens: length limit of the answer.
+
+        Raises:
+            PromptTooLong: says both lengths.
+        """
+        check_prompt(ids, visual_tokens(self.model, sizes), room_for_prompt(self.model.config, max_new_tokens))
+
     @torch.inference_mode()
     def generate(
         self,
@@ -155,9 +170,15 @@ class Answerer:
             sizes: their (width, height).
             max_new_tokens: length limit of an answer.
             **options: for the model's `generate`, on top of greedy decoding.
+
+        Raises:
+            PromptTooLong: see `check`.
         """
         if not ids:
             return []
+        places = iter(sizes)
+        for row in ids:
+            self.check(row, list(islice(places, sum(token == IMAGE_TOKEN_INDEX for token in row))), max_new_tokens)
         stopping = {"stop_strings": [self._stop], "tokenizer": self.tokenizer} if self._stop else {}
         output = self.model.generate(
             **self._prompt(ids, _move(pixels, self.model), list(sizes)),
@@ -170,7 +191,7 @@ class Answerer:
     def _prompt(self, ids: Sequence[Sequence[int]], images: Any, sizes: list[tuple[int, int]]) -> dict[str, Any]:
         """What the model's `generate` starts from; a beginning that prompts share has run already."""
         shared = None if depends_on_question(self.model) else find_shared(ids, images)
-        if shared is not None and not may_be_cut(self.model, ids, images):
+        if shared is not None:
             return run_prefixes(self.model, shared, images, sizes, self._pad)
         padded, mask = left_pad(ids, self._pad, self.model.device)
         return {"inputs": padded, "attention_mask": mask, "images": images, "image_sizes": sizes}

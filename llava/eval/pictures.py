@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from llava.eval.generate import pack, preprocess
+from llava.context import PromptTooLong
+from llava.eval.generate import Answerer, pack, preprocess
 from llava.eval.tasks.base import Task
 
 Opener = Callable[[Path], list[Image.Image]]
@@ -29,7 +31,7 @@ class LoadedBatch:
         order: for every picture of the kept samples its place in `pixels`.
         pixels: the distinct pictures, see `llava.eval.generate.pack`.
         sizes: (width, height) of every picture of the kept samples.
-        failures: (place in the batch, reason) of samples whose pictures cannot be used.
+        failures: (place in the batch, reason) of samples whose pictures cannot be used or questions are too long.
     """
 
     index: int
@@ -47,6 +49,29 @@ class LoadedBatch:
             return self.pixels
         distinct = list(self.pixels)
         return [distinct[index] for index in self.order]
+
+    def refuse(self, reasons: Mapping[int, str]) -> None:
+        """Take samples out.
+
+        Args:
+            reasons: by their place in `kept`.
+        """
+        self.failures += [(self.kept[place], reason) for place, reason in reasons.items()]
+        ends = list(accumulate(self.counts))
+        stay = [place for place in range(len(self.kept)) if place not in reasons]
+        pictures = [number for place in stay for number in range(ends[place] - self.counts[place], ends[place])]
+        self.kept, self.counts, self.passes = (
+            [values[place] for place in stay] for values in (self.kept, self.counts, self.passes)
+        )
+        self.order = [self.order[number] for number in pictures]
+        self.sizes = [self.sizes[number] for number in pictures]
+        self.keep_used(list(self.pixels) if self.pixels is not None else [])
+
+    def keep_used(self, pixels: Sequence[Tensor]) -> None:
+        """Keep those of the pictures that `order` names, and number them anew."""
+        used = {old: new for new, old in enumerate(dict.fromkeys(self.order))}
+        self.pixels = pack([pixels[old] for old in used])
+        self.order = [used[old] for old in self.order]
 
 
 class PictureBatches(Dataset):
@@ -91,10 +116,8 @@ class PictureBatches(Dataset):
             loaded.counts.append(len(own))
             loaded.passes.append(sum(pixels[n].shape[0] if pixels[n].dim() == 4 else 1 for n in own))
             loaded.order += own
-        used = {old: new for new, old in enumerate(dict.fromkeys(loaded.order))}
-        loaded.pixels = pack([pixels[old] for old in used])
         loaded.sizes = [sizes[old] for old in loaded.order]
-        loaded.order = [used[old] for old in loaded.order]
+        loaded.keep_used(pixels)
         return loaded
 
 
@@ -102,6 +125,28 @@ def load_batches(batches: PictureBatches, workers: int) -> DataLoader:
     """Iterate over the batches in order; `workers` processes prepare the next ones meanwhile (0: none)."""
     workers = min(workers, len(batches))
     return DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None)
+
+
+def refuse_long(
+    loaded: LoadedBatch, ids: Sequence[Sequence[int]], answerer: Answerer, max_new_tokens: int
+) -> list[Sequence[int]]:
+    """Take the samples out of a batch whose questions do not fit the context; returns the prompts of the others.
+
+    Args:
+        loaded: the batch; changed in place.
+        ids: the prompt of each of its kept samples.
+        answerer: knows the context.
+        max_new_tokens: length limit of an answer.
+    """
+    places, reasons = iter(loaded.sizes), {}
+    for place, (prompt, count) in enumerate(zip(ids, loaded.counts, strict=True)):
+        try:
+            answerer.check(prompt, list(islice(places, count)), max_new_tokens)
+        except PromptTooLong as error:
+            reasons[place] = str(error)
+    if reasons:
+        loaded.refuse(reasons)
+    return [prompt for place, prompt in enumerate(ids) if place not in reasons]
 
 
 def open_with(task: Task, path: Path) -> list[Image.Image]:

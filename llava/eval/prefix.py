@@ -77,16 +77,6 @@ def depends_on_question(model: Any) -> bool:
     return bool(config.schedule) or reads
 
 
-def may_be_cut(model: Any, ids: Sequence[Sequence[int]], images: Sequence[Tensor]) -> bool:
-    """Whether a prompt with its pictures could be longer than the model's context, which cuts it at the end."""
-    limit = getattr(model.config, "tokenizer_model_max_length", None)
-    if limit is None:
-        return False
-    side = model.get_vision_tower().num_patches_per_side
-    largest = max(len(image) if image.ndim == 4 else 1 for image in images) * side * (side + 1)
-    return any(len(row) + row.count(IMAGE_TOKEN_INDEX) * largest > limit for row in ids)
-
-
 def run_prefixes(
     model: Any, shared: Shared, images: list[Tensor], sizes: Sequence[tuple[int, int]], pad: int
 ) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from llava.constants import (
     DEFAULT_IMAGE_TOKEN,
     IMAGE_PLACEHOLDER,
 )
+from llava.context import drop_oldest, room_for_prompt, visual_tokens
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -120,15 +121,23 @@ def generation_options(temperature: float, top_p: float | None, num_beams: int, 
 def answer(model, tokenizer, conversation: Conversation, pixels, sizes, streamer=None, **options) -> str:
     """Generate the open turn of a conversation.
 
+    Where it is longer than the context, its oldest questions are left out of it, with their answers; that is said once.
+
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        conversation: Ends with an open turn.
+        conversation: Ends with an open turn; changed where turns are left out.
         pixels: What `process_images` gave.
         sizes: (width, height) of the pictures.
         streamer: Gets tokens as they come.
         **options: See `generation_options`.
+
+    Raises:
+        PromptTooLong: Not even the newest question fits; the conversation is as before.
     """
+    room = room_for_prompt(model.config, options.get("max_new_tokens", 0))
+    if drop_oldest(conversation, tokenizer, visual_tokens(model, sizes), room, image_mark(model.config)):
+        logger.warning_once("the talk is longer than the context: its oldest questions are left out")
     ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt").unsqueeze(0)
     ids = ids.to(model.device)
     with torch.inference_mode():
@@ -162,7 +171,7 @@ def eval_model(args: Any) -> str:
             `load_8bit`, `load_4bit`, `image_orientation`, and the DUET flags.
 
     Raises:
-        ValueError: A picture cannot be opened, or the model cannot take pictures.
+        ValueError: A picture cannot be opened, the model cannot take pictures, or the question is too long.
     """
     images = load_images(image_parser(args), getattr(args, "image_orientation", "exif"))
     model_name = getattr(args, "model_name", None) or get_model_name_from_path(args.model_path)

@@ -19,7 +19,7 @@ import duet
 from llava.eval.answers import AnswersFile, cut_torn_line, read_rows, refuse_repeated, write_json, write_lines
 from llava.eval.generate import Answerer
 from llava.eval.ledger import ModelShape, costs, sample_metadata, summarise, tiled_tokens
-from llava.eval.pictures import PictureBatches, load_batches, open_with
+from llava.eval.pictures import PictureBatches, load_batches, open_with, refuse_long
 from llava.eval.processes import Processes
 from llava.eval.settings import Settings, questions_digest
 from llava.eval.tasks.base import Answer, BadEvalData, Question, Score, Task
@@ -226,9 +226,11 @@ class BenchmarkRun:
             begin = time.perf_counter()
             for loaded in load_batches(pictures, self.options.workers):
                 batch = open_batches[loaded.index]
+                ids = [self._ids(batch[place], count) for place, count in zip(loaded.kept, loaded.counts, strict=True)]
+                ids = refuse_long(loaded, ids, self.answerer, self.task.max_new_tokens)
                 failures += [(batch[place].question.key, reason) for place, reason in loaded.failures]
                 kept = [batch[place] for place in loaded.kept]
-                rows = self._rows(kept, loaded)
+                rows = self._rows(kept, ids, loaded)
                 seconds = (time.perf_counter() - begin) / max(len(rows), 1)
                 file.append([row | {"seconds": seconds} for row in rows if row["key"] not in done])
                 bar.update(len(batch))
@@ -239,12 +241,11 @@ class BenchmarkRun:
         pictures = len(question.visuals) * (_frames(self.task) if self.task.video else 1)
         return Item(question, pictures, tuple(self.answerer.prompt_ids(question.text, pictures)))
 
-    def _rows(self, kept: Sequence[Item], loaded: Any) -> list[dict[str, Any]]:
+    def _ids(self, item: Item, count: int) -> Sequence[int]:
+        return item.ids if item.pictures == count else self.answerer.prompt_ids(item.question.text, count)
+
+    def _rows(self, kept: Sequence[Item], ids: Sequence[Sequence[int]], loaded: Any) -> list[dict[str, Any]]:
         """Ask one batch."""
-        ids = [
-            item.ids if item.pictures == count else self.answerer.prompt_ids(item.question.text, count)
-            for item, count in zip(kept, loaded.counts, strict=True)
-        ]
         with duet.trace(images=False) as trace:
             texts = self.answerer.generate(ids, loaded.images(), loaded.sizes, self.task.max_new_tokens)
         model = self.answerer.model

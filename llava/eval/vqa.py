@@ -21,7 +21,7 @@ from duet.errors import main_guard
 from llava.eval.answers import AnswersFile, write_json
 from llava.eval.files import read_json_lines
 from llava.eval.generate import Answerer
-from llava.eval.pictures import PictureBatches, load_batches
+from llava.eval.pictures import PictureBatches, load_batches, refuse_long
 from llava.eval.run_llava import generation_options
 from llava.eval.settings import Settings, model_fingerprint, questions_digest
 from llava.eval.tasks.base import BadEvalData, Question
@@ -185,10 +185,12 @@ def answer_rows(
     with tqdm(total=len(rows), initial=starts.start, unit="sample") as bar:
         for start, loaded in zip(starts, load_batches(pictures, args.workers), strict=True):
             batch = rows[start : start + args.batch]
+            asked = [batch[place].text for place in loaded.kept]
+            ids = [answerer.prompt_ids(text, count) for text, count in zip(asked, loaded.counts, strict=True)]
+            ids = refuse_long(loaded, ids, answerer, max_new_tokens)
             if loaded.failures:
                 place, reason = loaded.failures[0]
-                raise BadEvalData(f"question {batch[place].question_id}: {files[start + place][0]}: {reason}")
-            ids = [answerer.prompt_ids(row.text, count) for row, count in zip(batch, loaded.counts, strict=True)]
+                raise BadEvalData(f"question {batch[place].question_id}: {reason}")
             texts = answerer.generate(ids, loaded.images(), loaded.sizes, max_new_tokens, **options)
             new = [_answer_row(row, text, model_id) for row, text in zip(batch, texts, strict=True)]
             file.append(new[max(len(file.rows) - start, 0) :])

@@ -3,7 +3,8 @@
     python -m llava.serve.cli --model-path MODEL --image-file picture.jpg
 
 Questions are read line by line; an empty line or the end of the input ends the talk. With a pipe as input nothing but
-the answers is written to the standard output.
+the answers is written to the standard output. A talk that outgrows the context loses its oldest questions, never its
+pictures.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import TextStreamer
 
 from duet.errors import main_guard
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.context import PromptTooLong
 from llava.conversation import conv_templates
 from llava.eval.run_llava import (
     add_model_arguments,
@@ -68,7 +70,7 @@ def chat(args: argparse.Namespace) -> None:
     """Load the model and talk until the input ends.
 
     Raises:
-        ValueError: A picture cannot be opened, or the model cannot take pictures.
+        ValueError: A picture cannot be opened, the model cannot take pictures, or a question from a pipe is too long.
     """
     model_name = get_model_name_from_path(args.model_path)
     images = load_images(image_parser(args), args.image_orientation)
@@ -96,11 +98,18 @@ def chat(args: argparse.Namespace) -> None:
         question = question.replace(DEFAULT_IMAGE_TOKEN, "")
         conversation.append_message(user, place_images(question, len(images), model.config) if first else question)
         conversation.append_message(assistant, None)
-        first = False
         if sys.stdin.isatty():
             print(f"{assistant}: ", end="", flush=True)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-        text = answer(model, tokenizer, conversation, pixels, [i.size for i in images], streamer, **options)
+        try:
+            text = answer(model, tokenizer, conversation, pixels, [i.size for i in images], streamer, **options)
+        except PromptTooLong as error:
+            if not sys.stdin.isatty():
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            del conversation.messages[-2:]
+            continue
+        first = False
         if not streams:
             print(text)
         if args.debug:

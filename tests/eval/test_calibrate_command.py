@@ -80,7 +80,7 @@ def test_prompts_are_what_the_model_would_read(model, data):
         (["--samples", "0"], "--samples 0 must be at least 1"),
         (["--tokens", "many"], "--tokens many: expected numbers between 1 and 36"),
         (["--tokens", "40"], "--tokens 40: expected numbers between 1 and 36"),
-        (["--image-folder", "nowhere"], "nowhere/"),
+        (["--image-folder", "nowhere"], "image folder 'nowhere'"),
         (["--data-path", "nowhere.json"], "'nowhere.json' does not exist"),
         (["--model-path", "some/model"], "some/model is no folder; say where the calibration goes with --out"),
     ],

@@ -8,6 +8,7 @@ import torch
 from runner_world import noise
 
 import duet
+from llava.context import PromptTooLong
 from llava.eval import prefix
 from llava.eval.generate import Answerer
 from llava.eval.ledger import sample_metadata
@@ -87,12 +88,16 @@ def test_other_batches(answerer, batch):
     assert answerer.answer(batch, 6) == [answerer.answer([sample], 6)[0] for sample in batch]
 
 
-def test_a_prompt_that_the_context_cuts_runs_whole(answerer, counted):
-    answerer.model.config.tokenizer_model_max_length = 100
-    alone = [answerer.answer([sample], 6)[0] for sample in BATCH[:2]]
-    counted.clear()
-    assert answerer.answer(BATCH[:2], 6) == alone
-    assert counted[0] == (2, 100)
+def test_a_prompt_that_the_context_would_cut_is_refused(answerer):
+    """The model cuts the end: the question itself."""
+    ids = answerer.prompt_ids(*BATCH[0][:1], 1)
+    answerer.model.config.tokenizer_model_max_length = len(ids) - 1 + 36
+    answerer.answer(BATCH[:1], 6)
+    answerer.model.config.tokenizer_model_max_length -= 1
+    with pytest.raises(
+        PromptTooLong, match=rf"takes {len(ids) + 35} tokens .*36 visual ones.* room for {len(ids) + 34}"
+    ):
+        answerer.answer(BATCH[:1], 6)
 
 
 @pytest.mark.parametrize("reduction", [None, STAGE_1_ONLY, PATCH], ids=["full", "stage 1", "patch positions"])

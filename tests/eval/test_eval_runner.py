@@ -213,7 +213,7 @@ def test_a_broken_picture_is_named_and_counted_and_the_rest_is_answered(world, w
     assert main(flags(broken, tmp_path / "out", "--name", "row", "--batch", 4)) == 2
     out, err = capsys.readouterr()
     assert "pope: no score (12 of 18 questions, 6 without an answer" in out
-    assert "COCO_val2014_000000000001.jpg cannot be opened" in err
+    assert "COCO_val2014_000000000001.jpg' cannot be read" in err
     assert len(record(tmp_path / "out")["missing"]) == 6
     shutil.copy(
         world.root / "pope" / "val2014" / "COCO_val2014_000000000001.jpg", tmp_path / "eval" / "pope" / "val2014"
