@@ -107,8 +107,7 @@ def run_decoder(
     if use_cache:
         check_layer(decoder.layers[0])  # type: ignore[index, arg-type]
     config = None if config is None else DuetConfig.require(config)
-    reduces = config is not None and not (config.stage1 == "none" and not config.schedule)
-    if not reduces:
+    if not reduces(config):
         return _plain(
             decoder, inputs_embeds, attention_mask, position_ids, labels, past_key_values, use_cache,
             visual_mask, additions, output_hidden_states, layer_kwargs,
@@ -138,6 +137,11 @@ def run_decoder(
     return DecoderOutput(hidden, state.labels, state.valid, cache, pass_.all_hidden(hidden))
 
 
+def reduces(config: DuetConfig | None) -> bool:
+    """Return whether a configuration takes anything away, or may."""
+    return config is not None and (config.stage1 != "none" or bool(config.schedule))
+
+
 def _rotary_axes(position_ids: Tensor | None) -> Tensor | None:
     """Return the positions without the axis in front that only counts tokens."""
     counts = position_ids is not None and position_ids.dim() == 3 and len(position_ids) == 4
@@ -162,7 +166,7 @@ def _plain(
         seen = cache.get_seq_length() if cache is not None else 0
         position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
     if tracing.is_active() and (cache is None or cache.get_seq_length() == 0):
-        _record_plain(decoder, inputs_embeds, attention_mask, visual)
+        record_whole_pass(len(decoder.layers), tuple(inputs_embeds.shape[:2]), attention_mask, visual)
     seen_states: list[Tensor] | None = [] if want_hidden else None
     hidden, _ = _run_layers(
         decoder, inputs_embeds, 0, len(decoder.layers), attention_mask, _rotary_axes(position_ids), cache, layer_kwargs,
@@ -174,13 +178,23 @@ def _plain(
     return DecoderOutput(hidden, labels, attention_mask, cache, states)
 
 
-def _record_plain(decoder: nn.Module, hidden: Tensor, attention_mask: Tensor | None, visual: Tensor | None) -> None:
-    batch, length, _ = hidden.shape
+def record_whole_pass(
+    layers: int, shape: tuple[int, int], attention_mask: Tensor | None, visual: Tensor | None
+) -> None:
+    """Tell every active trace of a prefill that drops nothing.
+
+    Args:
+        layers: how many the decoder has.
+        shape: (batch, length).
+        attention_mask: [B, L], or anything else for no padding.
+        visual: [B, L] bool, or None for none.
+    """
+    batch, length = shape
     tokens = [length] * batch if attention_mask is None or attention_mask.dim() != 2 else attention_mask.sum(1).tolist()
     images = [0] * batch if visual is None else visual.sum(1).tolist()
     if visual is not None:
         tracing.DropRecorder(visual)
-    tracing.record_pass([tracing.LayerCount(0, len(decoder.layers), images, tokens, length)])  # type: ignore[arg-type]
+    tracing.record_pass([tracing.LayerCount(0, layers, images, tokens, length)])
 
 
 def _run_layers(
@@ -228,7 +242,7 @@ def _masks(decoder, hidden, attention_mask, cache, position_ids, layer: int) -> 
     if needed - set(makers):
         raise ValueError(f"attention types {sorted(needed - set(makers))} are not supported; known: {sorted(makers)}")
     if decoder.training and cache is None and decoder.config._attn_implementation == "sdpa":
-        attention_mask, position_ids = _without_trailing_padding(attention_mask, position_ids)
+        attention_mask, position_ids = without_trailing_padding(attention_mask, position_ids)
     arguments: dict[str, Any] = {
         "config": decoder.config,
         "inputs_embeds": hidden,
@@ -241,7 +255,7 @@ def _masks(decoder, hidden, attention_mask, cache, position_ids, layer: int) -> 
     return {kind: makers[kind](**arguments) for kind in needed}
 
 
-def _without_trailing_padding(mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def without_trailing_padding(mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Return no mask where all padding stands behind the tokens.
 
     No token sees what comes after it, so the causal kernels, which compute half as much, give the tokens the same

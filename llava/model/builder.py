@@ -205,6 +205,10 @@ def _loading_options(load_8bit, load_4bit, device_map, device, use_flash_attn, k
     dtype = options.pop("torch_dtype", None)
     dtype = options.pop("dtype", None) or dtype or (torch.float32 if str(device) == "cpu" else torch.float16)
     options["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if str(device) == "cpu" and options["dtype"] == torch.float16:
+        logger.warning_once(
+            "float16 was asked for on a CPU: the model computes in float16 there, slowly; the default is float32"
+        )
     on_cpu_anyway = not accelerated and not _names_cpu(device_map)
     options["device_map"] = {"": device} if str(device) != "cuda" or on_cpu_anyway else device_map
     if use_flash_attn:

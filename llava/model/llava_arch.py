@@ -23,6 +23,7 @@ from llava.constants import (
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.anyres import Tiling, unpad_image
 from llava.model.checkpoints import gathered, load_projector_weights, read_projector_file
+from llava.model.language_model.decoder import LlavaDecoder, is_filled
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.calling import run_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -42,8 +43,8 @@ __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "get_anyres_image_grid_shap
 logger = logging.get_logger(__name__)
 
 
-class LlavaMetaModel:
-    """Mixin for the inner decoder: it also owns the vision tower and the projector."""
+class LlavaMetaModel(LlavaDecoder):
+    """Mixin for the inner decoder: it also owns the vision tower and the projector, and drops visual tokens."""
 
     config: Any
     dtype: Any
@@ -252,7 +253,7 @@ class LlavaMetaForCausalLM(ABC):
         """
         untouched = SplicedInputs((input_ids, position_ids, attention_mask, past_key_values, None, labels))
         one = input_ids.shape[1] == 1
-        if one and _is_filled(past_key_values):  # a decoding step reads nothing back from the device
+        if one and is_filled(past_key_values):  # a decoding step reads nothing back from the device
             return untouched
         has_images = images is not None and len(images) > 0
         decoding = one and not (input_ids == IMAGE_TOKEN_INDEX).any()
@@ -492,8 +493,3 @@ def _deal(tiles: list[int], encoded: Tensor | list[Tensor]) -> list[Any]:
         return list(encoded.split(tiles))
     parts = iter(encoded)
     return [[next(parts) for _ in range(count)] for count in tiles]
-
-
-def _is_filled(cache: Any) -> bool:
-    """Whether a cache holds positions, without asking the device for how many."""
-    return any(layer.is_initialized for layer in getattr(cache, "layers", ()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,35 @@ from duet.tokens import Counts, on_device
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
+@dataclass(frozen=True)
+class Knowledge:
+    """What is known of spliced embeddings; goes wherever their tensor goes. See `SplicedInputs`.
+
+    Attributes:
+        visual_mask: [B, L] bool.
+        next_position: [B] or None.
+        labels: [B, L] or None; they say which positions are answers, also to callers that compute their own loss.
+    """
+
+    visual_mask: Tensor
+    next_position: Tensor | None = None
+    labels: Tensor | None = None
+
+
+def remember(embeds: Tensor, knowledge: Knowledge) -> None:
+    """Let a tensor of embeddings [B, L, D] bring along what is known of it. Copies and parts of it know nothing."""
+    embeds._llava_knowledge = knowledge  # type: ignore[attr-defined]
+
+
+def knowledge_of(embeds: Tensor | None) -> Knowledge | None:
+    """Return what a tensor of embeddings brings along, or None."""
+    return getattr(embeds, "_llava_knowledge", None)
+
+
 class SplicedInputs(tuple):
     """The 6-tuple that LLaVA's splice returns, with the visual positions as an extra attribute.
+
+    The tensor of embeddings brings them along, too, for callers that hand on nothing else.
 
     Attributes:
         visual_mask: [B, L] bool, True where a position came from a picture; None when nothing was spliced.
@@ -36,6 +64,9 @@ class SplicedInputs(tuple):
         spliced.visual_mask = visual_mask
         spliced.next_position = next_position
         spliced.counts = counts
+        embeds, labels = values[4:6]
+        if embeds is not None and visual_mask is not None:
+            remember(embeds, Knowledge(visual_mask, next_position, labels))
         return spliced
 
 

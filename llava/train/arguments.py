@@ -174,6 +174,8 @@ class TrainingArguments(OldFlags, transformers.TrainingArguments):
         self._use_current_checkpointing_names()
         if self.deepspeed:
             runtime.require_deepspeed()
+        if self.use_cpu or not runtime.has_accelerator():
+            self._downgrade_fp16()
         if not runtime.has_accelerator():
             self.use_cpu = True
             if self.deepspeed:
@@ -212,6 +214,15 @@ class TrainingArguments(OldFlags, transformers.TrainingArguments):
         if torch.version.hip is not None or not is_torch_tf32_available():
             logger.warning("--tf32 True: this machine has no tf32; continuing without it")
             self.tf32 = None
+
+    def _downgrade_fp16(self) -> None:
+        """Say that a CPU trains in fp32: accelerate would leave fp16 out without a word, but the tower would not."""
+        if self.fp16:
+            if runtime.is_rank0():
+                logger.warning(
+                    "--fp16 True: there is no fp16 training on a CPU; this run computes in fp32 (--bf16 True works)"
+                )
+            self.fp16 = False
 
     def _use_current_checkpointing_names(self) -> None:
         """Newer `transformers` call gradient checkpointing activation checkpointing, and warn about the old name."""

@@ -5,7 +5,7 @@ import torch
 from model_helpers import IMAGE, golden_model, pad_batch, pixels, prompt
 
 import duet
-import llava.model.language_model.causal_lm as causal_lm
+import llava.model.language_model.decoder as decoder
 from duet import DuetConfig
 
 CONFIG = DuetConfig(dominant=60, contextual=5, schedule={4: 0.5}, positions="patch")
@@ -27,7 +27,7 @@ def entering(monkeypatch, run):
         raise Entered(kwargs)
 
     with monkeypatch.context() as patched, pytest.raises(Entered) as caught:
-        patched.setattr(causal_lm, "run_decoder", stop)
+        patched.setattr(decoder, "run_decoder", stop)
         run()
     return caught.value.values
 

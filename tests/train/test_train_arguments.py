@@ -161,6 +161,12 @@ def test_wrong_values_are_refused(extra, message, tmp_path):
         parse_arguments(["--output_dir", str(tmp_path), *extra.split()])
 
 
+def test_fp16_on_a_cpu_says_what_it_does(tmp_path, caplog):
+    args = parse_arguments(["--output_dir", str(tmp_path), "--fp16", "True", "--use_cpu", "True"])
+    assert not args.training.fp16 and args.training.compute_dtype == torch.float32
+    assert "--fp16 True: there is no fp16 training on a CPU; this run computes in fp32" in caplog.text
+
+
 def test_an_unknown_flag_is_refused_with_a_suggestion(tmp_path):
     with pytest.raises(ValueError, match=r"--learning_rat is not a training flag.*--learning_rate"):
         parse_arguments(["--output_dir", str(tmp_path), "--learning_rat", "1e-3"])

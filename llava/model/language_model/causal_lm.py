@@ -11,17 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
-from duet import causal_lm_loss, run_decoder
+from duet import causal_lm_loss, tracing
 from duet.cache import masks_for_generate
+from duet.decoder import reduces
 from duet.tokens import Counts
 from duet.versions import CACHE, build_output, refuse_unknown, take_cache
 from llava.model.checkpoints import TOWER_PREFIX, to_original_layout
+from llava.model.language_model.decoder import (
+    LlavaCausalLMOutput,
+    LlavaDecoderOutput,
+    cache_argument,
+    check_takes,
+    goes_on_reduced,
+)
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import clean_generation_config, load_pretrained
-from llava.model.splice import to_left_padding
+from llava.model.splice import Knowledge, knowledge_of, remember, to_left_padding
 
 logger = logging.get_logger(__name__)
 
@@ -30,8 +39,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
     """What all LLaVA language models do; stands in front of a `transformers` causal language model.
 
     Modifications to the host class:
-        forward: splices pictures, runs the decoder through `duet.run_decoder` with or without a reduction, computes
-            logits only for the loss while training.
+        forward: splices pictures, pairs logits with labels as the decoder leaves them, and makes no logits where the
+            loss alone is asked for.
         generate: takes pictures, pads on the left, returns new tokens only.
         from_pretrained: reads LLaVA and llava-hf checkpoints strictly; stock tower weights only if there are none.
         save_pretrained: writes LLaVA's layout.
@@ -82,6 +91,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         next_position: Tensor | None = None,
         counts: Counts | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        skip_logits: bool = False,
         cache=None,
         **kwargs,
     ):
@@ -92,82 +102,106 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             attention_mask: [B, T], or [B, L] with `inputs_embeds`.
             position_ids: Like `attention_mask`.
             past_key_values: A cache; go on with the returned one.
-            inputs_embeds: [B, L, D], already spliced.
+            inputs_embeds: [B, L, D], already spliced; see `visual_mask`.
             labels: [B, T], -100 where nothing is predicted.
             use_cache: Default: the config's, and never while training.
-            output_attentions: Not available; attention maps are never computed.
+            output_attentions: Also return the attention maps, which eager attention alone makes; with a reduction each
+                is as large as what its layer sees.
             output_hidden_states: Also return the input of every layer.
             images: See `prepare_inputs_labels_for_multimodal`.
             image_sizes: See `prepare_inputs_labels_for_multimodal`.
             return_dict: False returns a tuple.
             logits_to_keep: Logits of the last n positions only; 0 is all.
-            visual_mask: [B, L] bool with `inputs_embeds`: positions that came from a picture.
+            visual_mask: [B, L] bool with `inputs_embeds`: positions that came from a picture. Not needed with the very
+                tensor that `prepare_inputs_labels_for_multimodal` returned. All False for text.
             answer_mask: [B, L] bool with `inputs_embeds`: generated positions, which never rank visual tokens.
             query_indices: [B, R] positions of the rows that rank visual tokens, padded with -1.
             next_position: [B] with `inputs_embeds` and `position_ids`: the position of the token that follows each row.
             counts: With `inputs_embeds`: how many tokens and visual tokens each row has, where the caller knows.
             num_items_in_batch: Label tokens of the global batch, used with `loss_normalization="global"` only.
+            skip_logits: With `labels`: make no logits, which the loss does not need (it runs the head on supervised
+                positions only); the trainer asks for this.
             cache: What transformers 5.24 and later call `past_key_values`; both names work with every release.
             **kwargs: `modalities` and `token_type_ids`, which other models need and clients pass; anything else is
                 refused.
 
         Returns:
-            `CausalLMOutputWithPast`. The loss needs no logits, so while training with labels `logits` is None. With a
-            reduction the logits have the length that is left after the last layer.
+            `LlavaCausalLMOutput`: what `CausalLMOutputWithPast` holds, and `labels` [B, L'] as they stand beside the
+            logits: pictures stretch both, and a reduction leaves what the last layer saw.
 
         Raises:
             TypeError: A keyword argument that nothing reads.
-            ValueError: Pictures and `<image>` marks disagree, or attention maps are asked for.
+            ValueError: Pictures and `<image>` marks disagree; attention maps are asked for that the kernel does not
+                make; or a reduction is in force that unknown `inputs_embeds` or a replaced forward would go past.
         """
-        past_key_values = take_cache({"past_key_values": past_key_values, "cache": cache})
+        cache = take_cache({"past_key_values": past_key_values, "cache": cache})
         _refuse_unread(self, kwargs)
         if inputs_embeds is None:
             prepared = self.prepare_inputs_labels_for_multimodal(
-                input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
+                input_ids, position_ids, attention_mask, cache, labels, images, image_sizes
             )
-            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = prepared
-            # Another project's override returns a plain tuple; then no position is known to be visual.
+            input_ids, position_ids, attention_mask, cache, inputs_embeds, labels = prepared
+            # Another project's override returns a plain tuple; then only the tensor may know what is visual.
             visual_mask = getattr(prepared, "visual_mask", None)
             next_position = getattr(prepared, "next_position", next_position)
             counts = getattr(prepared, "counts", None)
-        embeds: Any = inputs_embeds
-        if embeds is None:
-            embeds = self.model.get_input_embeddings()(input_ids)
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training
-        out = run_decoder(
-            self.model,
-            embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            visual_mask=visual_mask,
-            labels=labels,
-            answer_mask=answer_mask,
-            query_indices=query_indices,
-            next_position=next_position,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            config=self.reduction,
-            counts=counts,
-            output_hidden_states=bool(output_hidden_states),
-            output_attentions=bool(output_attentions),
-        )
-        loss = None
-        if out.labels is not None:
+        out = self._decode(
+            {"input_ids": input_ids if inputs_embeds is None else None, "inputs_embeds": inputs_embeds},
+            {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache},
+            cache,
+            {
+                "visual_mask": visual_mask, "labels": labels, "answer_mask": answer_mask, "counts": counts,
+                "query_indices": query_indices, "next_position": next_position,
+            },
+            {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states},
+        )  # fmt: skip
+        hidden, labels = out.last_hidden_state, getattr(out, "labels", labels)
+        loss = logits = None
+        if labels is not None:
             count = num_items_in_batch if self.accepts_loss_kwargs else None
-            loss = causal_lm_loss(out.last_hidden_state, out.labels, self.lm_head, count)
-        logits = None
-        if labels is None or not self.training:
+            loss = causal_lm_loss(hidden, labels, self.lm_head, count)
+        if labels is None or not skip_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(out.last_hidden_state[:, keep, :])
+            logits = self.lm_head(hidden[:, keep, :])
         result = build_output(
-            CausalLMOutputWithPast,
-            cache=out.past_key_values,
+            LlavaCausalLMOutput,
+            cache=getattr(out, CACHE, None),
             loss=loss,
             logits=logits,
-            hidden_states=out.hidden_states,
+            hidden_states=getattr(out, "hidden_states", None),
+            attentions=getattr(out, "attentions", None),
+            labels=labels,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _decode(self, inputs: dict, given: dict, cache: Any, further: dict, asked: dict) -> Any:
+        """Call the inner decoder, so that hooks on it and a forward in its place act; what is None is not passed."""
+        embeds = inputs["inputs_embeds"]
+        further = {name: value for name, value in further.items() if value is not None}
+        given = given | {name: value for name, value in asked.items() if value is not None}
+        reduction = self.reduction
+        reduced = reduces(reduction) or goes_on_reduced(cache)
+        if reduced:
+            check_takes(self.model, further)
+            given |= further if reduction is None else further | {"reduction": reduction}
+        elif tracing.is_active() and "visual_mask" in further and knowledge_of(embeds) is None:
+            remember(embeds, Knowledge(further["visual_mask"]))
+        if cache is not None:
+            given[cache_argument(self.model.forward)] = cache
+        out = self.model(**inputs, **given)
+        if isinstance(out, tuple):  # another project's forward
+            first, *rest = out
+            held = next((part for part in rest if isinstance(part, Cache)), None)
+            out = build_output(BaseModelOutputWithPast, cache=held, last_hidden_state=first)
+        if reduced and not isinstance(out, LlavaDecoderOutput):
+            raise ValueError(
+                f"a DUET reduction is in force, but {type(self.model).__name__} returned a {type(out).__name__}: its "
+                "forward was replaced, or a hook put something else in the place of its output, and the reduction was "
+                "lost. Take that off, or the reduction: model.set_reduction(None)"
+            )
+        return out
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, images=None, image_sizes=None, **kwargs):
@@ -202,8 +236,10 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             inputs, None, mask, None, None, images, image_sizes=image_sizes
         )
         _, _, mask, _, embeds, _ = prepared
-        visual, positions = getattr(prepared, "visual_mask", None), prepared[1]
+        known = knowledge_of(embeds)
+        visual, positions = None if known is None else known.visual_mask, prepared[1]
         if embeds is None:
+            visual = torch.zeros_like(inputs, dtype=torch.bool)
             # The pad id of some tokenizers has no row in the embedding table.
             embeds = self.model.get_input_embeddings()(inputs.masked_fill(mask == 0, 0))
         if mask is None:
@@ -233,6 +269,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         names = ("images", "image_sizes", "visual_mask", "next_position", "counts")
         first_only = {key: kwargs.pop(key, None) for key in names}
         prompt: Any = inputs_embeds
+        known = knowledge_of(prompt)
+        if known is not None and first_only["visual_mask"] is None:
+            first_only["visual_mask"] = known.visual_mask  # the host copies the embeddings
         positions: Any = kwargs.get("position_ids")
         host: Any = super()
         model_inputs = host.prepare_inputs_for_generation(
