@@ -15,6 +15,7 @@ import os
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
@@ -30,6 +31,7 @@ from llava.eval.run_llava import choose_template
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoints import newline_state, projector_state, read_projector_file, to_hf_key, to_hub_key
 from llava.model.hf_layout import config_to_hf, drop_added_tokens, padded_vocabulary
+from llava.tokenization import mark_words_after
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 _IMAGES = (
@@ -171,7 +173,9 @@ def add_hf_tokens(tokenizer, ids: tuple[int, int]) -> None:
             f"the tokenizer has tokens behind the vocabulary ({added}); llava-hf puts <image> and <pad> there"
         )
     # <image> first, <pad> second, as in the published models.
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    image = AddedToken(IMAGE_TOKEN, special=True, normalized=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": [image]})
+    mark_words_after(tokenizer, IMAGE_TOKEN)
     tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     if tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, PAD_TOKEN]) != list(ids):
         raise ValueError(f"the tokenizer has {len(tokenizer) - 2} tokens, the embedding {ids[0]} rows; they must agree")

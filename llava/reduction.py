@@ -14,7 +14,7 @@ from duet import DuetConfig
 from duet.config import CONFIG_KEY, declared_options
 from duet.methods import check_pair
 
-_PRESET = "llava-1.5-7b"
+_PRESET, _TILED_PRESET = "llava-1.5-7b", "llava-next-7b"
 # The default schedule is the paper's, written for 32 layers; other depths scale it.
 _PAPER_DEPTH = 32
 
@@ -35,8 +35,8 @@ class ReductionArguments:
         "share of the entering visual tokens that is kept after each of these layers, e.g. '[0.5,0.0]'"
     )
     duet_tokens: int | None = _flag(
-        "a budget of the paper (192, 128 or 64 visual tokens on average), scaled to the model's depth; 0 turns the "
-        "reduction off"
+        "a budget of the paper (visual tokens on average: 192, 128 or 64; with tiles, as in LLaVA-1.6, 640, 320 or "
+        "160), scaled to the model's depth; 0 turns the reduction off"
     )
     queries: str | None = _flag("text rows that rank visual tokens: last, all, salient, or a list of indices")
     positions: str | None = _flag("how positions are counted: auto, compact or original after a drop, patch")
@@ -131,6 +131,18 @@ class ReductionArguments:
     def from_namespace(cls, namespace: Any) -> ReductionArguments:
         """Read the flags from parsed arguments (or any object that has some of them as attributes)."""
         return cls(**{item.name: getattr(namespace, item.name, None) for item in fields(cls)})
+
+
+def preset_for(config: Any) -> str:
+    """Return whose rows of the paper `--duet_tokens` names for a LLaVA model.
+
+    Args:
+        config: The model's configuration, or anything else with LLaVA's `image_aspect_ratio`.
+
+    Returns:
+        LLaVA-1.6's preset (Table 13) where pictures are cut into tiles, else LLaVA-1.5's (Table 12).
+    """
+    return _TILED_PRESET if "anyres" in (getattr(config, "image_aspect_ratio", None) or "") else _PRESET
 
 
 def read_config(path: str) -> DuetConfig:

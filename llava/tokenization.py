@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Any
 
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer
 
 _WORD_START = "▁"
@@ -67,6 +68,23 @@ def _use_slow_rules(tokenizer: Any, legacy: bool) -> None:
     )
     tokenizer.legacy = legacy
     tokenizer.init_kwargs["legacy"] = legacy
+
+
+def mark_words_after(tokenizer: Any, token: str) -> None:
+    """Let the text behind each occurrence of an added token begin as a text of its own does.
+
+    LLaVA cuts a prompt at its pictures and tokenises the pieces one by one, so that the slow rules put a word-start
+    mark in front of each. Within one call of a tokenizer only the rules of ``legacy`` do that by themselves.
+
+    Args:
+        tokenizer: From `load_tokenizer`, a Llama tokenizer.
+        token: Added with ``normalized=True``, so that it is looked for in what the normalizer gives.
+    """
+    if not isinstance(tokenizer, LlamaTokenizer) or tokenizer.legacy:
+        return
+    backend, name = tokenizer.backend_tokenizer, re.escape(token)
+    mark = normalizers.Replace(Regex(rf"{name}(?!{name}|\z)"), token + _WORD_START)
+    backend.normalizer = normalizers.Sequence([mark, backend.normalizer])
 
 
 def _was_llama(path: str, kwargs: dict[str, Any]) -> bool:

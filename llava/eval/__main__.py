@@ -119,7 +119,7 @@ def check_reduction(args: argparse.Namespace) -> None:
     if args.no_reduction or not ReductionArguments.from_namespace(args).given():
         return  # what the checkpoint itself names is checked when it is loaded
     geometry = read_geometry(args.model_path, args.model_base)
-    config = ReductionArguments.from_namespace(args).to_config(geometry.reduction)
+    config = ReductionArguments.from_namespace(args).to_config(geometry.reduction, geometry.preset)
     if config is not None:
         config.validate(geometry.patches, geometry.layers)
 

@@ -80,7 +80,7 @@ def choose_reduction(args: argparse.Namespace, geometry: Geometry) -> DuetConfig
     """
     given = ReductionArguments.from_namespace(args)
     if given.given():
-        config = given.to_config(geometry.reduction)
+        config = given.to_config(geometry.reduction, geometry.preset)
     else:
         config = solve("duet-salient", geometry.patches / 3, geometry.patches, geometry.layers)
     if config is None:

@@ -17,6 +17,7 @@ from llava.model.builder import inspect_checkpoint, model_class
 from llava.model.hf_layout import config_from_hf, is_hf_llava
 from llava.model.loading import make_config
 from llava.model.multimodal_encoder.clip_encoder import tower_geometry
+from llava.reduction import preset_for
 
 BASELINE = "full"
 DEPTH = 32  # of the decoder that published layers are counted in
@@ -32,11 +33,13 @@ class Geometry:
         patches: of one picture.
         layers: of the decoder.
         reduction: what the checkpoint itself names, or None.
+        preset: whose rows of the paper `--duet_tokens` names.
     """
 
     patches: int
     layers: int
     reduction: DuetConfig | None = None
+    preset: str = "llava-1.5-7b"
 
 
 def read_geometry(path: str, base: str | None) -> Geometry:
@@ -61,7 +64,7 @@ def read_geometry(path: str, base: str | None) -> Geometry:
     config._name_or_path = found.path
     tower: Any = tower_geometry(config.mm_vision_tower, config)
     side = tower.image_size // tower.patch_size
-    return Geometry(side * side, config.num_hidden_layers, DuetConfig.from_model_config(config))
+    return Geometry(side * side, config.num_hidden_layers, DuetConfig.from_model_config(config), preset_for(config))
 
 
 @dataclass(frozen=True)

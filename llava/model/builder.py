@@ -28,7 +28,7 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.language_model.llava_mpt import LlavaMptForCausalLM
 from llava.model.loading import make_config, read_config_dict
-from llava.reduction import ReductionArguments
+from llava.reduction import ReductionArguments, preset_for
 from llava.tokenization import load_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -363,7 +363,7 @@ def _apply_reduction(model, duet_config, flags: dict) -> None:
     if duet_config == "none":
         model.set_reduction(None)
     elif isinstance(duet_config, ReductionArguments):
-        model.set_reduction(duet_config.to_config(model.reduction))
+        model.set_reduction(duet_config.to_config(model.reduction, preset_for(model.config)))
     elif isinstance(duet_config, DuetConfig):
         model.set_reduction(duet_config)
     elif duet_config is not None:
@@ -371,4 +371,4 @@ def _apply_reduction(model, duet_config, flags: dict) -> None:
     else:
         model.check_reduction(model.reduction)
     if flags:
-        model.set_reduction(ReductionArguments(**flags).to_config(model.reduction))
+        model.set_reduction(ReductionArguments(**flags).to_config(model.reduction, preset_for(model.config)))

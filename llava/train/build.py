@@ -15,6 +15,7 @@ from llava.mm_utils import read_pinpoints
 from llava.model.anyres import MERGE_TYPES, Tiling, TokenCounter
 from llava.model.hf_layout import hf_model_type, is_hf_llava
 from llava.model.language_model.causal_lm import clean_generation_config
+from llava.reduction import preset_for
 from llava.tokenization import load_tokenizer
 from llava.train.arguments import RunArguments
 from llava.train.lora import apply_lora, quantization_config, settle_quantized_dtypes
@@ -124,7 +125,7 @@ def set_up_vision(args: RunArguments, model: Any, tokenizer: Any) -> None:
     config.mm_use_im_patch_token = model_args.mm_use_im_patch_token
     training.use_im_start_end = model_args.mm_use_im_start_end
     inner.initialize_vision_tokenizer(model_args, tokenizer=tokenizer)
-    reduction = args.reduction.to_config(inner.reduction)
+    reduction = args.reduction.to_config(inner.reduction, preset_for(config))
     inner.set_reduction(reduction)
     if training.loss_normalization == "global":
         config.loss_normalization = "global"

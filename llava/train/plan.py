@@ -11,11 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from duet import DuetConfig
 from duet.errors import main_guard
-from llava.reduction import ReductionArguments
+from duet.presets import PRESETS
+from llava.reduction import ReductionArguments, preset_for
 from llava.train import runtime
 from llava.train.argv import split_flags
 from llava.train.recipes import COMMON, JOBS, RECIPES, Job, Recipe, StageRecipe
@@ -245,9 +247,10 @@ def resolve(
     recipe, flags = RECIPES[name], parse_overrides(overrides)
     shared = {key: value for key, value in flags.items() if key in REDUCTION_FLAGS}
     own = {key: value for key, value in flags.items() if key not in REDUCTION_FLAGS}
+    preset = preset_for(SimpleNamespace(image_aspect_ratio=flags.get("image_aspect_ratio")))
     if job.reduced and not shared:
-        shared = {"duet_tokens": env.get("DUET_TOKENS") or "192"}
-    reduction = read_reduction(shared)
+        shared = {"duet_tokens": env.get("DUET_TOKENS") or str(max(PRESETS[preset]))}
+    reduction = read_reduction(shared, preset)
     plan = Plan(job, recipe, devices, [], reduction, tokens=shared.get("duet_tokens"))
     for kind in job.stages:
         last = kind == job.last

@@ -2,28 +2,32 @@
 
 import json
 import os
+import random
+from functools import cache
 
 import pytest
 import torch
 from model_helpers import (
     CLIP,
     GOLDEN,
+    IMAGE,
     LLAVA,
     assert_same_logits,
     copy_golden,
     edit_config,
     edit_weights,
+    facts,
     golden_model,
     pixels,
     tower_state,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers import AutoProcessor, AutoTokenizer, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from duet import DuetConfig
-from llava.convert import extract_projector, main
-from llava.mm_utils import process_images
+from llava.convert import add_hf_tokens, extract_projector, main
+from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoints import (
@@ -34,6 +38,7 @@ from llava.model.checkpoints import (
     to_original_key,
     to_own_key,
 )
+from llava.tokenization import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +148,7 @@ def test_llava_hf_round_trip_and_parity_with_transformers(tmp_path, golden):
     with Image.open(GOLDEN / "images" / "astronaut.png") as image:
         inputs = processor(images=image.convert("RGB"), text="USER: <image>\nHi ASSISTANT:", return_tensors="pt")
     assert (inputs["input_ids"] == 2000).sum() == 576
-    ids = inputs["input_ids"][0]
-    start = (ids == 2000).nonzero()[0].item()
-    own = torch.cat([ids[:start], torch.tensor([-200]), ids[start + 576 :]])[None]
+    own = tokenizer_image_token("USER: <image>\nHi ASSISTANT:", load(LLAVA)[0], return_tensors="pt")[None]
     with torch.no_grad():
         theirs = hf(**inputs).logits[..., :2000]
         ours = golden(input_ids=own, images=inputs["pixel_values"]).logits
@@ -161,6 +164,30 @@ def test_llava_hf_round_trip_and_parity_with_transformers(tmp_path, golden):
     assert len(tokenizer) == 2000 and "<image>" not in tokenizer.get_vocab()
     text = "USER: hello there. ASSISTANT: yes</s>USER: a"
     assert tokenizer(text).input_ids == load(LLAVA)[0](text).input_ids
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "tokenizer_legacy"])
+def test_ids_of_an_exported_tokenizer_are_those_that_llava_trained_on(tmp_path, kind):
+    tokenizer = load_tokenizer(str(GOLDEN / kind))
+    add_hf_tokens(tokenizer, (2000, 2001))
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    golden = [case for case in facts("prompts")["cases"] if case["tokenizer"] == kind and "<image>" in case["prompt"]]
+    assert len(golden) > 5
+    for case in golden:
+        ids = [2000 if token == IMAGE else token for token in case["input_ids"]]
+        assert exported(case["prompt"]).input_ids == ids, case["name"]
+    pieces, draw = ["<image>", "<image>", " ", "\n", "What", " is it?", "</s>", "USER:", "é"], random.Random(0)
+    for text in ("".join(draw.choices(pieces, k=draw.randint(1, 9))) for _ in range(300)):
+        ids = tokenizer_image_token(text, load_tokenizer_once(kind))
+        assert exported(text).input_ids == [2000 if token == IMAGE else token for token in ids], repr(text)
+
+
+@cache
+def load_tokenizer_once(kind):
+    """LLaVA's own tokenizer, which golden ids prove."""
+    return load_tokenizer(str(GOLDEN / kind))
 
 
 def test_the_reduction_survives_the_hf_layout(tmp_path):
