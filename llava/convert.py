@@ -5,7 +5,7 @@
     python -m llava.convert --from CHECKPOINT --extract-projector --out mm_projector.safetensors
 
 CHECKPOINT is anything that `load_pretrained_model` opens: a full model in either layout, or a LoRA or projector folder
-with `--base`. The weights are written in the dtype that they have.
+with `--base`. The weights are written in the dtype that they have, those of an adapter in that of its base.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import (
 from duet.errors import main_guard
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.eval.run_llava import choose_template
-from llava.model.builder import load_pretrained_model
+from llava.model.builder import inspect_checkpoint, load_pretrained_model, stored_dtype
 from llava.model.checkpoints import newline_state, projector_state, read_projector_file, to_hf_key, to_hub_key
 from llava.model.hf_layout import config_to_hf, drop_added_tokens, padded_vocabulary
 from llava.tokenization import mark_words_after
@@ -91,7 +91,9 @@ def convert(source: str, target: str, out: str, base: str | None = None) -> None
     if os.path.exists(os.path.join(out, "config.json")):
         raise ValueError(f"{out} already holds a model; give another folder")
     name = os.path.basename(os.path.normpath(source))
-    tokenizer, model, image_processor, _ = load_pretrained_model(source, base, name, device="cpu", torch_dtype="auto")
+    adapter = inspect_checkpoint(source).adapter or {}
+    dtype = stored_dtype(base or adapter.get("base_model_name_or_path") or source)
+    tokenizer, model, image_processor, _ = load_pretrained_model(source, base, name, device="cpu", torch_dtype=dtype)
     if image_processor is None:
         raise ValueError(f"{source} is a plain language model; there is no vision part to convert")
     if target == "hf":

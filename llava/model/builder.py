@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,6 +23,7 @@ from llava.model.checkpoints import (
     load_projector_weights,
     read_tensors,
     strip_non_lora_prefix,
+    tensor_sizes,
 )
 from llava.model.hf_layout import OWN_KEYS, hf_model_type, is_hf_llava
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -107,6 +109,28 @@ def _read_json(path: str, name: str) -> dict | None:
             return json.load(file)
         except json.JSONDecodeError as error:
             raise ValueError(f"{found} is not valid JSON: {error}") from error
+
+
+def stored_dtype(path: str) -> torch.dtype | str:
+    """Return the dtype that most of a checkpoint's weights have in their file, whatever its config.json says.
+
+    Args:
+        path: Folder or hub name. Of several files the first one is read.
+
+    Returns:
+        The dtype, or "auto" (what the config says) where there is no weight file.
+    """
+    file = next((found for name in WEIGHT_FILES if (found := _locate(path, name))), None)
+    if file is not None and file.endswith(".index.json"):
+        names = _read_json(path, os.path.basename(file))["weight_map"].values()  # type: ignore[index]
+        file = _locate(path, min(names))
+    if file is None:
+        return "auto"
+    sizes: Counter[torch.dtype] = Counter()
+    for dtype, count in tensor_sizes(file):
+        if dtype.is_floating_point:
+            sizes[dtype] += count
+    return sizes.most_common(1)[0][0] if sizes else "auto"
 
 
 def model_class(config: dict, name: str = "") -> Any:
@@ -263,7 +287,9 @@ def _load_multimodal(found: Checkpoint, base: str | None, name: str, overrides: 
 def _load_on_base(cls, found: Checkpoint, base: str, overrides: dict, options: dict) -> Any:
     """Put the multimodal config of `found` around the weights of `base`."""
     assert found.config is not None
-    config = make_config(cls.config_class, found.config | overrides, {})
+    # QLoRA's config.json says how the base was held in training; its weights are what they are.
+    said = {key: value for key, value in found.config.items() if key != "quantization_config"}
+    config = make_config(cls.config_class, said | overrides, {})
     config._name_or_path = found.path
     wanted = config.vocab_size
     raw = read_config_dict(base)

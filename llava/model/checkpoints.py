@@ -7,6 +7,7 @@ Three layouts hold the same weights. "Ours" is what a model has in memory; it di
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,7 @@ _NEW_TOWER = "model.vision_tower.vision_tower."
 _OLD_TOWER = _NEW_TOWER + "vision_model."
 _PROJECTOR_MARK = "mm_projector."
 NEWLINE_KEY = "image_newline"
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # Regular expressions for keys of llava-hf: hub files, and the names that transformers 5 has in memory.
 HF_KEY_MAPPING = {
@@ -113,6 +115,26 @@ def read_tensors(path: str) -> dict[str, Tensor]:
         # safetensors and pickle raise types of their own for damaged files.
         if type(error).__name__ not in ("SafetensorError", "UnpicklingError"):
             raise
+        raise ValueError(f"{path}: not a readable checkpoint file ({error})") from error
+
+
+def tensor_sizes(path: str) -> list[tuple[torch.dtype, int]]:
+    """Return dtype and number of elements of each tensor in one .safetensors or .bin/.pt file.
+
+    Of safetensors only the header is read, and types that are no floats are given as uint8.
+
+    Raises:
+        ValueError: The file cannot be read as either.
+    """
+    if not path.endswith(".safetensors"):
+        return [(tensor.dtype, tensor.numel()) for tensor in read_tensors(path).values()]
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            parts = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118  (no mapping)
+            return [(_FLOATS.get(part.get_dtype(), torch.uint8), math.prod(part.get_shape())) for part in parts]
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: not a readable checkpoint file ({error})") from error
 
 
