@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,9 @@ def save_adapter(model: Any, folder: Path, write: bool) -> None:
     if not write:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder)
+    config = deepcopy(model.config)
+    vars(config).pop("quantization_config", None)  # how the base is held here, not what adapter and projector need
+    config.save_pretrained(folder)
     model.save_pretrained(folder, state_dict=lora)
     torch.save(rest, folder / NON_LORA_FILE)
 

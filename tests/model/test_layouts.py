@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, AutoTokenizer, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from duet import DuetConfig
-from llava.convert import add_hf_tokens, extract_projector, main
+from llava.convert import add_hf_tokens, convert, extract_projector, main
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
@@ -194,6 +194,18 @@ def test_the_reduction_survives_the_hf_layout(tmp_path):
     folder = copy_golden(tmp_path / "m", duet=DuetConfig(dominant=60, contextual=4, schedule={4: 0.5}).to_dict())
     main(["--from", str(folder), "--to", "hf", "--out", str(tmp_path / "hf")])
     assert load(tmp_path / "hf")[1].reduction == DuetConfig(dominant=60, contextual=4, schedule={4: 0.5})
+
+
+@pytest.mark.parametrize("target", ["hf", "llava"])
+@pytest.mark.parametrize(
+    ("dtype", "said"), [(torch.float16, "float32"), (torch.bfloat16, None), (torch.float32, "float16")]
+)
+def test_converting_keeps_the_dtype_of_the_weights(tmp_path, target, dtype, said):
+    folder = copy_golden(tmp_path / "m", torch_dtype=said)
+    edit_weights(folder, lambda state: {key: value.to(dtype) for key, value in state.items()})
+    convert(str(folder), target, str(tmp_path / "out"))
+    assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
 def test_convert_refuses_to_overwrite_and_reports_errors(tmp_path, capsys):

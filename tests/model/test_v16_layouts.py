@@ -16,6 +16,7 @@ from duet import DuetConfig
 from llava.conversation import conv_templates
 from llava.convert import chat_template, convert, extract_projector, main, tiling_processor
 from llava.eval.generate import template_for
+from llava.eval.plans import read_geometry
 from llava.mm_utils import process_images
 from llava.model.anyres import Tiling
 from llava.model.builder import load_pretrained_model
@@ -45,6 +46,17 @@ def host(folders):
 @pytest.fixture(scope="module")
 def models(folders):
     return {name: load(path) for name, path in folders.items()}
+
+
+@pytest.mark.parametrize("layout", ["original", "hf"])
+def test_budgets_are_the_papers_rows_for_tiles(folders, layout):
+    row = DuetConfig.preset("llava-next-7b", 640)
+    assert (row.dominant, row.contextual) == (170, 35)
+    with pytest.raises(ValueError, match=r"170 \+ 35"):  # the paper's row, which the tests' small tower cannot fill
+        load(folders[layout], duet_tokens=640)
+    with pytest.raises(ValueError, match=r"'llava-next-7b' has rows \[160, 320, 640\], not 192"):
+        load(folders[layout], duet_tokens=192)
+    assert read_geometry(str(folders[layout]), None).preset == "llava-next-7b"
 
 
 def batch(model, image_processor, tokenizer):

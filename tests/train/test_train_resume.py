@@ -10,6 +10,9 @@ import pytest
 import torch
 import train_world
 
+from llava.convert import convert
+from llava.model.builder import load_pretrained_model
+
 KINDS = {
     "full": {},
     "projector": {"captions": True},
@@ -62,13 +65,24 @@ def final_weights(folder):
     return found
 
 
-def test_every_save_of_a_lora_run_is_usable(train, tmp_path):
-    train(max_steps=2, save_steps=1, lora_enable=True, lora_r=4)
+@pytest.mark.parametrize("bits", [16, 4])
+def test_every_save_of_a_lora_run_is_usable(train, tmp_path, bits):
+    train(max_steps=2, save_steps=1, lora_enable=True, lora_r=4, bits=bits)
     for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1", tmp_path / "out" / "checkpoint-2"):
         for name in ("adapter_model.safetensors", "adapter_config.json", "non_lora_trainables.bin", "config.json"):
             assert (folder / name).is_file(), f"{folder.name} lacks {name}"
         rest = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
         assert set(rest) == {f"base_model.model.model.mm_projector.{i}.{n}" for i in (0, 2) for n in ("weight", "bias")}
+        assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    # Older folders say there how the base was held in training.
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(values))
+    convert(str(tmp_path / "out"), "llava", str(tmp_path / "merged"))
+    for folder in ("out", "merged"):
+        model = load_pretrained_model(str(tmp_path / folder), None, "llava", device="cpu", torch_dtype="auto")[1]
+        weight = model.model.layers[0].self_attn.q_proj.weight
+        assert weight.dtype == torch.float32 and weight.shape == (32, 32)
 
 
 def test_stage_one_writes_what_llava_reads_and_stage_two_starts_from_it(train, tmp_path):
