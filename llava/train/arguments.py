@@ -145,6 +145,13 @@ class TrainingArguments(OldFlags, transformers.TrainingArguments):
         default="per_device",
         metadata={"help": "per_device: mean over each device's tokens (LLaVA); global: over all tokens"},
     )
+    max_grad_norm: float | None = field(
+        default=None,
+        metadata={
+            "help": "clip the gradient to this norm, 0: never; default: what the DeepSpeed JSON says, never where it "
+            "says nothing (as LLaVA-1.5 was trained), 1.0 without DeepSpeed"
+        },
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a non-finite loss is an error here"})
     logging_steps: float = field(default=10, metadata={"help": "log every N steps"})
     feature_cache: str | None = field(
@@ -172,6 +179,7 @@ class TrainingArguments(OldFlags, transformers.TrainingArguments):
         self.log_to_wandb = self._take_wandb()
         self._downgrade_tf32()
         self._use_current_checkpointing_names()
+        self.max_grad_norm = self._clipping()
         if self.deepspeed:
             runtime.require_deepspeed()
         if self.use_cpu or not runtime.has_accelerator():
@@ -183,6 +191,9 @@ class TrainingArguments(OldFlags, transformers.TrainingArguments):
             elif runtime.launched_world_size() > 1:
                 self.ddp_backend = "gloo"
         super().__post_init__()
+        if self.deepspeed:
+            # DeepSpeed 0.19.3 and later clip at 1.0 where nothing is said; the release that LLaVA pinned did not clip.
+            self.hf_deepspeed_config.config.setdefault("gradient_clipping", self.max_grad_norm)
         runtime.check_world_size(self.world_size)
 
     def _check(self) -> None:
@@ -200,6 +211,19 @@ class TrainingArguments(OldFlags, transformers.TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns True would drop the images")
 
+    def _clipping(self) -> float:
+        """The norm that gradients are clipped to; 0 for none.
+
+        Source: LLaVA-1.5's zero2.json and zero3.json do not name `gradient_clipping`, whose default is 0 in the
+        DeepSpeed that LLaVA pinned (0.12.6, runtime/constants.py); accelerate 0.21 has 1.0 for "auto" only.
+        """
+        if self.max_grad_norm is not None:
+            return self.max_grad_norm
+        if not self.deepspeed:
+            return 1.0
+        said = runtime.read_deepspeed_config(self.deepspeed).get("gradient_clipping", 0.0)
+        return 1.0 if said == "auto" else float(said)
+
     def _take_wandb(self) -> bool:
         """Keep wandb away from the Trainer, whose integration asks for a login; `run_log` serves it instead."""
         wanted = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
@@ -211,7 +235,7 @@ class TrainingArguments(OldFlags, transformers.TrainingArguments):
             return
         from transformers.utils.import_utils import is_torch_tf32_available
 
-        if torch.version.hip is not None or not is_torch_tf32_available():
+        if not (runtime.may_have_tf32() and is_torch_tf32_available()):
             logger.warning("--tf32 True: this machine has no tf32; continuing without it")
             self.tf32 = None
 

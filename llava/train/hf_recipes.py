@@ -36,7 +36,7 @@ class HfRecipe:
     after: tuple[str, tuple[str, ...]] | None = None
 
 
-_COMMON = {**SCHEDULE, "group_by_modality_length": True}
+_COMMON = {**SCHEDULE, "group_by_modality_length": True, "max_grad_norm": 1.0}
 _LARGE = _COMMON | {
     "learning_rate": 2e-5,
     "save_steps": 500,

@@ -302,6 +302,8 @@ def resolve_stage(plan: Plan, recipe: StageRecipe, env: Mapping[str, str], overr
     }
     if (job.bits == 16 or devices.accelerator) and "fp16" not in overrides:
         flags["bf16"] = devices.accelerator or runtime.cpu_bf16_pays()
+    if devices.accelerator:
+        flags["tf32"] = runtime.may_have_tf32()
     if job.lora and recipe.kind == "finetune":
         flags |= {"learning_rate": plan.recipe.lora_rate, **plan.recipe.lora}
         if job.bits != 16:

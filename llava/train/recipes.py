@@ -90,6 +90,7 @@ SEVEN_B = Recipe(
             "version": "plain",
             "tune_mm_mlp_adapter": True,
             "learning_rate": 1e-3,
+            "max_grad_norm": 0.0,
             "save_steps": 500,
             "save_total_limit": 1,
             "gradient_checkpointing": True,
@@ -109,6 +110,7 @@ SEVEN_B = Recipe(
         flags={
             "version": "v1",
             "learning_rate": 2e-5,
+            "max_grad_norm": 0.0,
             "image_aspect_ratio": "pad",
             "group_by_modality_length": True,
             "save_steps": 500,
@@ -142,6 +144,7 @@ TINY = Recipe(
             "version": "plain",
             "tune_mm_mlp_adapter": True,
             "learning_rate": 2e-3,
+            "max_grad_norm": 1.0,
             "save_steps": 50,
             "save_total_limit": 1,
             "logging_steps": 5,
@@ -159,6 +162,7 @@ TINY = Recipe(
         flags={
             "version": "v1",
             "learning_rate": 5e-4,
+            "max_grad_norm": 1.0,
             "image_aspect_ratio": "pad",
             "group_by_modality_length": True,
             "save_steps": 50,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
+import json
 import os
 import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +18,11 @@ import torch
 def has_accelerator() -> bool:
     """True when torch sees a CUDA or ROCm device (ROCm also answers through `torch.cuda`)."""
     return torch.cuda.is_available() and torch.cuda.device_count() > 0
+
+
+def may_have_tf32() -> bool:
+    """False where torch is built for ROCm, whose devices have no tf32 for torch to switch on."""
+    return torch.version.hip is None
 
 
 def accelerator_name() -> str:
@@ -107,6 +114,23 @@ def _end(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def read_deepspeed_config(given: str | dict[str, Any]) -> dict[str, Any]:
+    """Return a DeepSpeed configuration, from a file or as it is.
+
+    Raises:
+        ValueError: the file is missing or holds no JSON object; the message names it.
+    """
+    if isinstance(given, dict):
+        return given
+    try:
+        values = json.loads(Path(given).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--deepspeed {given} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--deepspeed {given} must hold a JSON object, such as scripts/zero3.json")
+    return values
 
 
 def require_deepspeed() -> None:

@@ -187,7 +187,8 @@ def command_line(folder: Path, family: str, model: Path, data: tuple[Path, Path]
     values: dict[str, Any] = {
         "model_name_or_path": model, "data_path": data[0], "image_folder": data[1], "output_dir": folder / output,
         "max_steps": 4, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2,
-        "learning_rate": 2e-3, "warmup_steps": 0, "logging_steps": 1, "report_to": "none", "disable_tqdm": True,
+        "learning_rate": 2e-3, "max_grad_norm": 1.0, "warmup_steps": 0, "logging_steps": 1, "report_to": "none",
+        "disable_tqdm": True,
         "dominant": dominant, "contextual": contextual, "layer_list": "[1,3]", "image_token_ratio_list": "[0.5,0.0]",
     }  # fmt: skip
     values.update(flags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from json import dumps
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import train_world
 from transformers import HfArgumentParser
 
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava.train.runtime import read_deepspeed_config
 
 DEEPSPEED = str(train_world.ROOT / "scripts")
 
@@ -183,6 +185,41 @@ def test_cpu_deepspeed_sees_the_launchers_world(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match=r"started 2 ranks .* sees 1"):
         check_world_size(args.training.world_size)
+
+
+@pytest.mark.parametrize(
+    ("json", "flag", "clips"),
+    [
+        (None, None, 1.0),  # transformers' own
+        ("zero2.json", None, 0.0),  # LLaVA-1.5's, as its pinned DeepSpeed read them
+        ("zero3.json", None, 0.0),
+        ("zero3_offload.json", None, 1.0),  # LLaVA's says "auto"
+        ("zero3.json", 0.5, 0.5),
+        ("zero3_offload.json", 0.0, 0.0),
+        ({"gradient_clipping": 0.3}, None, 0.3),
+        ({"gradient_clipping": 0.3}, 0.3, 0.3),
+    ],
+)
+def test_the_gradient_is_clipped_as_llava_or_the_user_said(tmp_path, json, flag, clips):
+    """DeepSpeed clips at 1.0 where its configuration says nothing, and the one that LLaVA pinned did not clip."""
+    argv = ["--output_dir", str(tmp_path)] + ([] if flag is None else ["--max_grad_norm", str(flag)])
+    if isinstance(json, dict):
+        given = read_deepspeed_config(f"{DEEPSPEED}/zero2.json") | json
+        (tmp_path / "own.json").write_text(dumps(given))
+        argv += ["--deepspeed", str(tmp_path / "own.json")]
+    elif json:
+        argv += ["--deepspeed", f"{DEEPSPEED}/{json}"]
+    training = parse_arguments(argv).training
+    assert training.max_grad_norm == clips
+    if json:
+        assert training.hf_deepspeed_config.config["gradient_clipping"] == clips
+        assert training.deepspeed_plugin.deepspeed_config["gradient_clipping"] == clips
+
+
+def test_a_deepspeed_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "torn.json").write_text('{"zero_optimization": {')
+    with pytest.raises(ValueError, match=r"--deepspeed .*torn.json cannot be read as JSON"):
+        parse_arguments(["--output_dir", str(tmp_path), "--deepspeed", str(tmp_path / "torn.json")])
 
 
 def test_attention_falls_back_with_a_notice():

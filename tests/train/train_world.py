@@ -75,6 +75,7 @@ def command_line(folder: Path, data: tuple[Path, Path], output: str = "out", **f
         "save_steps": 2,
         "learning_rate": 1e-3,
         "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
         "warmup_steps": 0,
         "lr_scheduler_type": "cosine",
         "logging_steps": 1,
