@@ -5,7 +5,8 @@
 
 An interrupted run goes on where it stopped when the same command is given again. The table over all runs of a results
 folder: python -m llava.eval.report RESULTS --baseline NAME. Exit status: 0; 1 for a wrong request; 2 if a file, a
-picture or an answer is missing.
+picture or an answer is missing; 3 if what came out is no result (NaN, empty or identical answers, and with
+--after-training chance): it is written and marked, and the reason is printed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.pictures import add_arguments as add_picture_arguments
 from llava.reduction import ReductionArguments
+from llava.sanity import BROKEN, BrokenResult, refuse, require_finite_weights
 
 SHOWN = 10
 
@@ -79,6 +81,10 @@ def add_run_arguments(parser: argparse.ArgumentParser, model_help: str = "checkp
     parser.add_argument("--dtype", default=None, help="float16, bfloat16 or float32 (default: fp16; fp32 on a CPU)")
     parser.add_argument("--load-8bit", action="store_true")
     parser.add_argument("--load-4bit", action="store_true")
+    parser.add_argument(
+        "--after-training", action="store_true",
+        help="the model was trained for these benchmarks: scores at or below chance are an error",
+    )  # fmt: skip
     parser.add_argument(
         "--on-missing", choices=("error", "skip"), default="error",
         help="skip: leave out benchmarks whose files are missing, and score with unanswered questions counted as wrong",
@@ -220,6 +226,7 @@ class Session:
         found: benchmarks with their questions.
         tokenizer, model, image_processor: what answers.
         fingerprint: of the model's weights.
+        broken: what says that a result is none, by its name; see `llava.sanity`.
     """
 
     args: argparse.Namespace
@@ -229,6 +236,7 @@ class Session:
     model: Any
     image_processor: Any
     fingerprint: str
+    broken: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def model_name(self) -> str:
@@ -255,7 +263,7 @@ class Session:
             "device": str(model.device),
             "versions": versions(),
         }
-        complete, records = True, []
+        complete, records, broken = True, [], {}
         for task, questions in self.found:
             template = template_for(self.model_name, model.config, args.conv_mode, task.video)
             answerer = Answerer(model, self.tokenizer, self.image_processor, template)
@@ -266,6 +274,8 @@ class Session:
                 records.append(record)
             if self.processes.first:
                 complete &= report_run(run, record)
+                broken[f"{options.name}, {task.name}"] = run.findings
+        self.broken.update(self.processes.from_first(broken))
         return records, bool(self.processes.from_first(complete))
 
 
@@ -282,6 +292,7 @@ def open_session(args: argparse.Namespace, processes: Processes) -> Session:
         task.orientation = args.image_orientation
     found = find_questions(tasks, args.root, args.limit, args.on_missing == "skip")
     tokenizer, model, image_processor = load(args, processes)
+    require_finite_weights(model, args.model_path)
     fingerprint = processes.from_first(
         model_fingerprint(args.model_path, args.model_base, model.config) if processes.first else None
     )
@@ -291,7 +302,7 @@ def open_session(args: argparse.Namespace, processes: Processes) -> Session:
 def run_options(args: argparse.Namespace, name: str) -> RunOptions:
     """How to run one row of the table."""
     skip = args.on_missing == "skip"
-    return RunOptions(args.root, args.out, name, args.batch, args.workers, args.limit, skip)
+    return RunOptions(args.root, args.out, name, args.batch, args.workers, args.limit, skip, args.after_training)
 
 
 def evaluate(args: argparse.Namespace, processes: Processes) -> bool:
@@ -300,11 +311,14 @@ def evaluate(args: argparse.Namespace, processes: Processes) -> bool:
     Raises:
         Incomplete: a file or a picture is missing.
         ValueError: a wrong request, or wrong data.
+        BrokenResult: what came out is no result.
     """
     check_row(args)
     check_reduction(args)
     session = open_session(args, processes)
-    return session.run(run_options(args, args.name or default_name(session.model_name, session.model)))
+    complete = session.run(run_options(args, args.name or default_name(session.model_name, session.model)))
+    refuse(session.broken)
+    return complete
 
 
 def report_run(run: BenchmarkRun, record: dict[str, Any] | None) -> bool:
@@ -317,6 +331,8 @@ def report_run(run: BenchmarkRun, record: dict[str, Any] | None) -> bool:
         print(f"  no answer to {key}: {reason}", file=sys.stderr)
     if len(run.failures) > SHOWN:
         print(f"  and {len(run.failures) - SHOWN} more", file=sys.stderr)
+    for finding in run.findings:
+        print(f"  BROKEN: {finding}")
     print(f"  {run.answers_path}")
     return not run.failures and (record is None or not record["n_missing"])
 
@@ -331,6 +347,11 @@ def guarded(args: argparse.Namespace, function: Callable[[argparse.Namespace, Pr
         if processes.first:
             report(error)
         return 2
+    except BrokenResult as error:
+        if processes.first:
+            report(error)
+        processes.leave()
+        return BROKEN
     except MISTAKES as error:
         report(error)
         return 1

@@ -45,6 +45,27 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def require_inside(path: Path, folder: Path, where: str) -> Path:
+    """Return a path that a record named, if it lies below the folder that names start from.
+
+    Symbolic links inside the folder are followed, as anybody who keeps pictures elsewhere makes them.
+
+    Args:
+        path: the folder joined with the record's name.
+        folder: where names start.
+        where: the file and the record, for the message.
+
+    Raises:
+        BadEvalData: the name is absolute or climbs out of the folder.
+    """
+    inside = path.is_relative_to(folder) and ".." not in path.relative_to(folder).parts
+    if not inside:
+        raise BadEvalData(
+            f"{where}: {path} lies outside of the folder {folder}; fix the name, or put the picture into the folder"
+        )
+    return path
+
+
 def read_json(path: Path, kind: type) -> Any:
     """Read a JSON file whose top level must be a `kind` (dict or list).
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.context import check_prompt, room_for_prompt, visual_tokens
@@ -16,6 +17,7 @@ from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.eval.prefix import depends_on_question, find_shared, left_pad, run_prefixes
 from llava.eval.run_llava import choose_template, generation_options, image_mark, move_pixels
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.sanity import Watch
 
 # The paper's protocols: LLaVA's scripts for pictures, Video-LLaVA's for videos.
 IMAGE_TEMPLATE, VIDEO_TEMPLATE = "vicuna_v1", "llava_v1"
@@ -103,6 +105,9 @@ class Answerer:
         image_processor: its image processor.
         conv_mode: name of the conversation template.
 
+    Attributes:
+        non_finite: which of the last batch's answers come from logits that are NaN.
+
     Raises:
         ValueError: the model cannot look at pictures, or the template is unknown.
     """
@@ -114,6 +119,7 @@ class Answerer:
             raise ValueError(f"unknown conversation template {conv_mode!r}; known: {', '.join(sorted(conv_templates))}")
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.conv_mode = conv_mode
+        self.non_finite: list[bool] = []
         self._stop = stop_string(conv_templates[conv_mode], tokenizer)
         pad = tokenizer.pad_token_id
         self._pad = tokenizer.eos_token_id if pad is None else pad
@@ -162,7 +168,7 @@ class Answerer:
         max_new_tokens: int,
         **options: Any,
     ) -> list[str]:
-        """Answer prompts that are already token ids.
+        """Answer prompts that are already token ids; `non_finite` then says which answers come from NaN logits.
 
         Args:
             ids: B prompts of any lengths.
@@ -179,12 +185,15 @@ class Answerer:
         places = iter(sizes)
         for row in ids:
             self.check(row, list(islice(places, sum(token == IMAGE_TOKEN_INDEX for token in row))), max_new_tokens)
-        stopping = {"stop_strings": [self._stop], "tokenizer": self.tokenizer} if self._stop else {}
+        watch = Watch()
+        stopping: dict[str, Any] = {"logits_processor": LogitsProcessorList([watch])}
+        stopping |= {"stop_strings": [self._stop], "tokenizer": self.tokenizer} if self._stop else {}
         output = self.model.generate(
             **self._prompt(ids, _move(pixels, self.model), list(sizes)),
             pad_token_id=self._pad,
             **(generation_options(0, None, 1, max_new_tokens) | stopping | options),
         )
+        self.non_finite = watch.rows(len(ids))
         texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
         return [(text.split(self._stop)[0] if self._stop else text).strip() for text in texts]
 

@@ -17,6 +17,7 @@ from llava.eval.processes import Processes
 from llava.eval.report import columns
 from llava.eval.tables import conditions, content, markdown, write_csv
 from llava.mm_utils import get_model_name_from_path
+from llava.sanity import refuse
 
 MODEL_HELP = "checkpoint folder or hub name; several, separated by commas, are one model trained from several seeds"
 
@@ -86,14 +87,16 @@ class Grid:
 
         Raises:
             ValueError: a wrong request or wrong data.
+            BrokenResult: what came out of a run is no result; everything is written.
         """
-        complete = True
+        complete, broken = True, {}
         paths = model_paths(self.args.model_path)
         names = [get_model_name_from_path(path) for path in paths]
         for path, name in zip(paths, names, strict=True):
             session = single.open_session(_with(self.args, model_path=path), self.processes)
             label = name if names.count(name) == 1 else f"{name}-{session.fingerprint[:6]}"
             complete &= self._run_model(session, label)
+            broken |= {f"{label}, {name}": found for name, found in session.broken.items()}
             if self.args.latency:
                 ran = {plan.name: plan for plan, model, _ in self.runs if model == label}
                 taken = latencies(session, list(ran.values()), self.args.latency)
@@ -103,6 +106,7 @@ class Grid:
             if not self.draw(self._file("png"), lines):
                 self.say("no plot: matplotlib is not installed (pip install -e '.[demo]')")
             self.say(self._file("md").read_text(encoding="utf-8"))
+        refuse(broken)
         return complete
 
     def _run_model(self, session: single.Session, label: str) -> bool:

@@ -3,7 +3,7 @@
     python -m llava.eval.report RESULTS --baseline NAME [--out RESULTS/report] [--benchmarks pope,gqa] [--paper]
 
 Writes Markdown, CSV and JSON and prints the Markdown. Exit status: 0; 1 for a wrong request; 2 if a result is
-incomplete (its score is then left out of the table).
+incomplete (its score is then left out of the table); 3 if one is marked as broken.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from duet.cells import csv_cell, markdown_cell, one_line
 from duet.errors import main_guard
 from llava.eval.answers import write_json
 from llava.eval.files import read_json
@@ -24,6 +25,7 @@ from llava.eval.paper import PAPER_METRICS, PAPER_ROWS
 from llava.eval.runner import RESULT_SUFFIX
 from llava.eval.tasks import TASKS
 from llava.eval.tasks.base import BadEvalData
+from llava.sanity import BROKEN
 
 # The paper's columns come first, in its order; others follow by name.
 ORDER = ("pope", "scienceqa", "textvqa", "mme", "gqa", "seed_image", "tgif_qa", "msvd_qa", "msrvtt_qa")
@@ -33,6 +35,7 @@ NEEDED = (
 )  # fmt: skip
 
 
+BROKEN_MARK = "BROKEN"
 TOKENS_NOTE = (
     "Visual tokens: measured, mean over decoder layers and over samples with a picture; entering: in the first layer; "
     "retained: in the last layer that has any. GFLOPs (multiply and add count as two) and KV bytes of one sample's "
@@ -138,7 +141,7 @@ def _measured(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def _marks(record: Mapping[str, Any]) -> list[str]:
-    marks = list(record["notes"])
+    marks = [f"{BROKEN_MARK}, no result: {finding}" for finding in record.get("broken", [])] + list(record["notes"])
     missing = f"{record['n_missing']} of {record['n_expected']} questions have no answer"
     if record["n_missing"]:
         marks.append(f"{missing}; no score" if incomplete(record) else f"{missing} and count as wrong")
@@ -212,7 +215,13 @@ def _cell(row: Row, benchmark: str) -> str:
         return "incomplete" if benchmark in row.marks else "n/a"
     score = row.scores[benchmark]
     text = f"{score:.0f}" if abs(score) >= 200 else f"{score:.1f}"
+    text += f" {BROKEN_MARK}" if is_broken(row, benchmark) else ""
     return f"{text} ({row.percent[benchmark]:.1f}%)" if benchmark in row.percent else text
+
+
+def is_broken(row: Row, benchmark: str) -> bool:
+    """Whether a score is marked as no result."""
+    return any(mark.startswith(BROKEN_MARK) for mark in row.marks.get(benchmark, []))
 
 
 def number(value: float | None, form: str) -> str:
@@ -234,7 +243,7 @@ def markdown(rows: Sequence[Row], baseline: str | None) -> str:
     head = [
         "run",
         "visual tokens",
-        *(title(name, rows) for name in names),
+        *(markdown_cell(title(name, rows)) for name in names),
         "Avg",
         "s/sample",
         *COST_HEADS,
@@ -244,10 +253,16 @@ def markdown(rows: Sequence[Row], baseline: str | None) -> str:
     for row in rows:
         average = "n/a" if row.average is None else f"{row.average:.1f}% of {row.compared}"
         untouched = ", ".join(f"{stage}: {count}/{of}" for stage, (count, of) in row.untouched.items()) or "n/a"
-        cells = [row.name, number(row.tokens, ".2f"), *(_cell(row, name) for name in names), average]
-        lines.append("| " + " | ".join([*cells, number(row.seconds, ".4f"), *cost_cells(vars(row)), untouched]) + " |")
+        cells = [markdown_cell(row.name), number(row.tokens, ".2f"), *(_cell(row, name) for name in names), average]
+        lines.append(
+            "| "
+            + " | ".join([*cells, number(row.seconds, ".4f"), *cost_cells(vars(row)), markdown_cell(untouched)])
+            + " |"
+        )
     if baseline is not None:
-        percent = f"In brackets: percent of {baseline} (of the paper's own baseline in the paper's rows)."
+        percent = (
+            f"In brackets: percent of {markdown_cell(baseline)} (of the paper's own baseline in the paper's rows)."
+        )
         lines += ["", f"{percent} Avg: their mean, and over how many benchmarks."]
     tokens = f"{TOKENS_NOTE} n/a: published rows, and runs from before it was measured."
     return "\n".join([*lines, "", tokens, "", *notes(rows, names)]).rstrip() + "\n"
@@ -261,7 +276,7 @@ def notes(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
         for mark in dict.fromkeys(mark for row in having for mark in row.marks[name]):
             holds = [row.name for row in having if mark in row.marks[name]]
             whose = "" if len(holds) == len(having) else f" ({', '.join(holds)})"
-            lines.append(f"- {title(name, rows)}{whose}: {mark}")
+            lines.append(f"- {markdown_cell(f'{title(name, rows)}{whose}: {mark}')}")
     return lines
 
 
@@ -273,12 +288,12 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer = csv.writer(file)
         head = ["run", "visual_tokens", *(part for name in names for part in (name, f"{name}_percent"))]
         head += ["avg_percent", "avg_of", "seconds_per_sample", "entering_tokens", "retained_tokens", *COSTS]
-        writer.writerow([*head, *(f"untouched {s}" for s in stages)])
+        writer.writerow([csv_cell(cell) for cell in [*head, *(f"untouched {s}" for s in stages)]])
         for row in rows:
             scores = [part for name in names for part in (row.scores.get(name), row.percent.get(name))]
             counts = [row.untouched[stage][0] if stage in row.untouched else None for stage in stages]
             measured = [row.seconds, row.entering, row.retained, row.prefill_flops, row.tower_flops, row.kv_bytes]
-            writer.writerow([row.name, row.tokens, *scores, row.average, row.compared, *measured, *counts])
+            writer.writerow([csv_cell(row.name), row.tokens, *scores, row.average, row.compared, *measured, *counts])
 
 
 def write_report(records: Sequence[Mapping[str, Any]], rows: Sequence[Row], baseline: str | None, out: Path) -> str:
@@ -315,9 +330,18 @@ def main(argv: list[str] | None = None) -> int:
         records = [record for record in records if record["benchmark"] in wanted]
     rows = make_rows(records, args.baseline, args.paper)
     print(write_report(records, rows, args.baseline, args.out or args.results / "report"), end="")
+    broken = [record for record in records if record.get("broken")]
     for record in filter(incomplete, records):
-        print(f"incomplete: {record['name']}, {record['benchmark']}: {record['n_missing']} missing", file=sys.stderr)
+        _say(f"incomplete: {record['name']}, {record['benchmark']}: {record['n_missing']} missing")
+    for record in broken:
+        _say(f"broken: {record['name']}, {record['benchmark']}: {'; '.join(record['broken'])}")
+    if broken:
+        return BROKEN
     return 2 if any(map(incomplete, records)) else 0
+
+
+def _say(text: str) -> None:
+    print(one_line(text), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ from tqdm import tqdm
 
 import duet
 from llava.eval.answers import AnswersFile, cut_torn_line, read_rows, refuse_repeated, write_json, write_lines
+from llava.eval.files import require_inside
 from llava.eval.generate import Answerer
 from llava.eval.ledger import ModelShape, costs, sample_metadata, summarise, tiled_tokens
 from llava.eval.pictures import PictureBatches, load_batches, open_with, refuse_long
 from llava.eval.processes import Processes
 from llava.eval.settings import Settings, questions_digest
 from llava.eval.tasks.base import Answer, BadEvalData, Question, Score, Task
+from llava.sanity import about_answers, about_chance
 
 RESULT_SUFFIX = ".result.json"
 
@@ -39,6 +41,7 @@ class RunOptions:
         workers: processes that load pictures.
         limit: ask only the first so many questions, and do not score; None asks all.
         skip_missing: score although questions have no answer.
+        trained: the model was trained for this, so that scores at chance are an error.
     """
 
     root: Path
@@ -48,6 +51,7 @@ class RunOptions:
     workers: int = 2
     limit: int | None = None
     skip_missing: bool = False
+    trained: bool = False
 
     @property
     def folder(self) -> Path:
@@ -68,9 +72,12 @@ def load_questions(task: Task, root: Path) -> list[Question]:
     """Read a benchmark's questions.
 
     Raises:
-        BadEvalData: a file is wrong, there are none, or two share a key.
+        BadEvalData: a file is wrong, there are none, two share a key, or a picture lies outside the benchmark's folder.
     """
     questions = task.questions(root)
+    for question in questions:
+        for path in question.visuals:
+            require_inside(path, task.home(root), f"{task.name}, question {question.key}")
     if not questions:
         raise BadEvalData(f"{task.name}: no question in {task.home(root)}")
     refuse_repeated([question.key for question in questions], f"{task.name}, the questions")
@@ -142,6 +149,7 @@ class BenchmarkRun:
     Attributes:
         failures: (key, reason) of the questions that could not be answered, of all processes, after `run`.
         answers_path: the answers in the benchmark's order.
+        findings: what says that the result is broken, after `run`; see `llava.sanity`.
     """
 
     def __init__(
@@ -159,6 +167,7 @@ class BenchmarkRun:
         self.all_questions = list(questions)
         self.questions = self.all_questions[: options.limit]
         self.failures: list[tuple[str, str]] = []
+        self.findings: list[str] = []
         self.answers_path = options.folder / f"{settings.stem}.jsonl"
 
     def run(self) -> dict[str, Any] | None:
@@ -176,6 +185,7 @@ class BenchmarkRun:
             return None
         rows = self._merge()
         if self.options.limit is not None:
+            self.findings = self._look_at(rows, None)
             return None
         record = self._record(rows)
         write_json(self.options.folder / f"{self.settings.stem}{RESULT_SUFFIX}", record)
@@ -251,6 +261,7 @@ class BenchmarkRun:
         model = self.answerer.model
         patches = [passes * model.get_vision_tower().num_patches for passes in loaded.passes]
         unreduced = tiled_tokens(model, loaded.sizes, loaded.counts)
+        bad = self.answerer.non_finite
         metadata = sample_metadata(trace, patches, getattr(model.config, "tokenizer_model_max_length", None), unreduced)
         return [
             {
@@ -259,10 +270,10 @@ class BenchmarkRun:
                 "text": text,
                 "answer_id": hashlib.sha256(f"{self.settings.digest} {item.question.key}".encode()).hexdigest()[:22],
                 "model_id": self.about["model_name"],
-                "metadata": facts,
+                "metadata": facts | ({"non_finite": True} if non_finite else {}),
                 "key": item.question.key,
             }
-            for item, text, facts in zip(kept, texts, metadata, strict=True)
+            for item, text, facts, non_finite in zip(kept, texts, metadata, bad, strict=True)
         ]
 
     def _merge(self) -> list[dict[str, Any]]:
@@ -272,9 +283,19 @@ class BenchmarkRun:
         write_lines(self.answers_path, ({k: v for k, v in row.items() if k != "seconds"} for row in rows))
         return rows
 
+    def _look_at(self, rows: Sequence[dict[str, Any]], score: Score | None) -> list[str]:
+        """What says that these answers are no result."""
+        share = None if score is None or score.value > 100 else score.value / 100
+        bad = sum(bool(row["metadata"].get("non_finite")) for row in rows)
+        found = about_answers([row["text"] for row in rows], share, bad)
+        if score is None or not self.options.trained:
+            return found
+        return found + about_chance(self.task.groups(self.all_questions, score))
+
     def _record(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         answers = [Answer(row["question_id"], row["prompt"], row["text"], row["key"]) for row in rows]
         score: Score = self.task.score(self.options.root, answers)
+        self.findings = self._look_at(rows, score)
         model = self.answerer.model
         metadata = [row["metadata"] for row in rows]
         ledger = summarise(metadata, model.reduction, model.config.num_hidden_layers)
@@ -292,6 +313,7 @@ class BenchmarkRun:
             "n_unparsed": score.unparsed,
             "missing_skipped": bool(score.missing) and self.options.skip_missing,
             "missing": score.missing,
+            "broken": self.findings,
             "failures": [{"key": key, "reason": reason} for key, reason in self.failures],
             "notes": score.notes,
             "visual_tokens": ledger,

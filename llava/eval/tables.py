@@ -11,8 +11,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from duet.cells import csv_cell, markdown_cell
 from llava.eval.lines import MEASURED, Line, Result, Run, spread
-from llava.eval.report import COST_HEADS, TOKENS_NOTE, cost_cells, notes, number, title
+from llava.eval.report import BROKEN_MARK, COST_HEADS, TOKENS_NOTE, cost_cells, is_broken, notes, number, title
 
 TIMES = ("s alone", "s/sample")
 TIMES_NOTE = (
@@ -27,11 +28,12 @@ def _cell(line: Line, benchmark: str) -> str:
         return "incomplete" if any(benchmark in result.row.marks for result in line.results) else "n/a"
     percents = line.percents(benchmark)
     share = f" ({fmean(percents):.1f}%)" if percents else ""
-    return spread(scores, 0 if abs(fmean(scores)) >= 200 else 1) + share
+    broken = any(is_broken(result.row, benchmark) for result in line.results)
+    return spread(scores, 0 if abs(fmean(scores)) >= 200 else 1) + share + (f" {BROKEN_MARK}" if broken else "")
 
 
 def _table_line(line: Line, names: Sequence[str]) -> str:
-    cells = [line.plan.label, *(f"{value}" for value in line.plan.point.values())]
+    cells = [markdown_cell(cell) for cell in (line.plan.label, *line.plan.point.values())]
     cells += [_cell(line, name) for name in names]
     cells.append(f"{spread(line.averages)}%" if line.averages else "n/a")
     measured = {name: line.mean(name) for name in MEASURED}
@@ -45,7 +47,15 @@ def markdown(lines: Sequence[Line], names: Sequence[str], patches: int, refused:
     baseline = next(line for line in lines if line.plan.config is None)
     varied = list(dict.fromkeys(name for line in lines for name in line.plan.point))
     rows = [result.row for line in lines for result in line.results]
-    head = ["method", *varied, *(title(name, rows) for name in names), "Avg", "visual tokens", *TIMES, *COST_HEADS]
+    head = [
+        "method",
+        *varied,
+        *(markdown_cell(title(name, rows)) for name in names),
+        "Avg",
+        "visual tokens",
+        *TIMES,
+        *COST_HEADS,
+    ]
     out = [heading, ""]
     for budget in sorted({line.plan.budget for line in lines if line.plan.config is not None}, reverse=True):
         group = [line for line in lines if line.plan.budget == budget and line.plan.config is not None]
@@ -61,12 +71,24 @@ def markdown(lines: Sequence[Line], names: Sequence[str], patches: int, refused:
         "±: standard deviation over seeds and models."
     )
     out += ["", TOKENS_NOTE, "", TIMES_NOTE, "", *notes([baseline.results[0].row], names)]
-    out += [f"- incomplete: {result.row.name} ({result.model})" for line in lines for result in line.results
-            if len(result.row.scores) < len(result.row.marks)]  # fmt: skip
+    out += [
+        f"- incomplete: {markdown_cell(f'{result.row.name} ({result.model})')}"
+        for line in lines
+        for result in line.results
+        if len(result.row.scores) < len(result.row.marks)
+    ]
+    out += [
+        f"- {markdown_cell(f'{result.row.name} ({result.model}), {name}: {mark}')}"
+        for line in lines
+        for result in line.results
+        for name, marks in result.row.marks.items()
+        for mark in marks
+        if mark.startswith(BROKEN_MARK)
+    ]
     released = dict.fromkeys(line.plan.label for line in lines if not line.plan.exact)
     if released:
         out.append(f"- as released, at the average that their settings have: {', '.join(released)}")
-    out += [f"- not run: {reason}" for reason in refused]
+    out += [f"- not run: {markdown_cell(reason)}" for reason in refused]
     return "\n".join(out).rstrip() + "\n"
 
 
@@ -74,8 +96,8 @@ def conditions(runs: Sequence[Run]) -> str:
     """What was asked of which model on which machine."""
     records = runs[0][2]
     about, versions = records[0]["about"], records[0]["about"]["versions"]
-    asked = ", ".join(f"{record['title']} ({record['n_expected']} questions)" for record in records)
-    models = ", ".join(dict.fromkeys(label for _, label, _ in runs))
+    asked = ", ".join(f"{markdown_cell(record['title'])} ({record['n_expected']} questions)" for record in records)
+    models = ", ".join(dict.fromkeys(markdown_cell(label) for _, label, _ in runs))
     spent = sum(record["seconds_per_sample"] * record["n_scored"] for _, _, group in runs for record in group
                 if record["seconds_per_sample"])  # fmt: skip
     machine = f"{about['device']} ({versions['machine']}), torch {versions['torch']}"
@@ -103,9 +125,9 @@ def write_csv(path: Path, lines: Sequence[Line], names: Sequence[str]) -> None:
     rows = [_flat(result, names) for line in lines for result in line.results]
     heads = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, heads)
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(file)
+        writer.writerow([csv_cell(head) for head in heads])
+        writer.writerows([csv_cell(row.get(head)) for head in heads] for row in rows)
 
 
 def content(lines: Sequence[Line], refused: Sequence[str]) -> dict[str, Any]:

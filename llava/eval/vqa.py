@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from duet.errors import main_guard
 from llava.eval.answers import AnswersFile, write_json
-from llava.eval.files import read_json_lines
+from llava.eval.files import read_json_lines, require_inside
 from llava.eval.generate import Answerer
 from llava.eval.pictures import PictureBatches, load_batches, refuse_long
 from llava.eval.run_llava import generation_options
@@ -30,6 +30,7 @@ from llava.model.builder import load_pretrained_model
 from llava.pictures import add_arguments as add_picture_arguments
 from llava.pictures import read_picture
 from llava.reduction import ReductionArguments
+from llava.sanity import BROKEN, BrokenResult, about_answers, refuse, require_finite_weights
 
 logger = logging.get_logger(__name__)
 
@@ -134,8 +135,11 @@ class FolderPictures:
         """The picture of every row.
 
         Raises:
-            BadEvalData: some are missing; names them.
+            BadEvalData: some are missing, or lie outside of the folder; names them.
         """
+        for row in rows:
+            if row.image and self.folder != Path():  # without a folder a name is a path of the user's own
+                require_inside(self.folder / row.image, self.folder, f"question {row.question_id}")
         files = [(self.folder / row.image,) if row.image else () for row in rows]
         gone = [(row, path) for row, paths in zip(rows, files, strict=True) for path in paths if not path.is_file()]
         if gone:
@@ -182,6 +186,7 @@ def answer_rows(
     options = generation_options(args.temperature, args.top_p, args.num_beams, max_new_tokens)
     del options["max_new_tokens"]
     model_id = get_model_name_from_path(args.model_path)
+    non_finite = 0
     with tqdm(total=len(rows), initial=starts.start, unit="sample") as bar:
         for start, loaded in zip(starts, load_batches(pictures, args.workers), strict=True):
             batch = rows[start : start + args.batch]
@@ -192,9 +197,11 @@ def answer_rows(
                 place, reason = loaded.failures[0]
                 raise BadEvalData(f"question {batch[place].question_id}: {reason}")
             texts = answerer.generate(ids, loaded.images(), loaded.sizes, max_new_tokens, **options)
+            non_finite += sum(answerer.non_finite)
             new = [_answer_row(row, text, model_id) for row, text in zip(batch, texts, strict=True)]
             file.append(new[max(len(file.rows) - start, 0) :])
             bar.update(len(batch))
+    refuse({str(file.path): about_answers([row["text"] for row in file.rows], None, non_finite)})
 
 
 def _answer_row(row: VqaRow, text: str, model_id: str) -> dict[str, Any]:
@@ -251,6 +258,7 @@ def run(
         device=args.device,
         duet_config=ReductionArguments.from_namespace(args),
     )
+    require_finite_weights(model, args.model_path)
     answerer = Answerer(model, tokenizer, image_processor, args.conv_mode)
     asked = [
         Question(str(i), r.question_id, r.text, paths) for i, (r, paths) in enumerate(zip(rows, files, strict=True))
@@ -274,7 +282,7 @@ def run(
         answer_rows(rows, files, file, answerer, args, max_new_tokens, opener)
 
 
-@main_guard(statuses={BadEvalData: 2})
+@main_guard(statuses={BadEvalData: 2, BrokenResult: BROKEN})
 def exit_status(function: Callable[[], None]) -> None:
     """Run it; returns 0, 2 if a file or picture is missing or wrong, 1 for other errors, with the reason printed."""
     function()

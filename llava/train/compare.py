@@ -26,6 +26,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from duet.cells import markdown_cell
 from duet.errors import main_guard
 from llava.eval.lines import Line, Run, make_lines
 from llava.eval.plans import Geometry, Plan, choose_methods, draws, numbers, solved_plans
@@ -34,6 +35,7 @@ from llava.eval.report import columns, number, read_records
 from llava.eval.tables import conditions, content, markdown, write_csv
 from llava.jsonl import read_lines
 from llava.model.multimodal_encoder.clip_encoder import tower_geometry
+from llava.sanity import SHORT_RUN
 from llava.train.checkpoints import write_json_atomically
 from llava.train.launch import Runner, build_tiny_data, comparable, run_stage
 from llava.train.plan import Plan as TrainingPlan
@@ -132,10 +134,15 @@ def measured(log: Path) -> dict[str, Any]:
     return means | {"steps": lines[-1].get("step"), "final_loss": steps[-1].get("loss")}
 
 
-def evaluate(trial: Trial, model: str, args: argparse.Namespace, runner: Any) -> bool:
-    """Answer and score the benchmarks with the reduction that the checkpoint names."""
-    command = [sys.executable, "-m", "llava.eval", "--model-path", model, "--benchmarks", args.benchmarks]
+def evaluate(trial: Trial, facts: dict[str, Any], args: argparse.Namespace, runner: Any) -> bool:
+    """Answer and score the benchmarks with the reduction that the checkpoint names.
+
+    A result that is none (see `llava.sanity`) counts as a failure; after a training of some length chance is one, too.
+    """
+    command = [sys.executable, "-m", "llava.eval", "--model-path", facts["model"], "--benchmarks", args.benchmarks]
     command += ["--root", str(args.root), "--out", str(trial.out / trial.column), "--name", trial.plan.name]
+    if (facts.get("steps") or 0) >= SHORT_RUN:
+        command.append("--after-training")
     command += ["--device", args.device, "--batch", str(args.batch), "--workers", str(args.workers)]
     return runner.run(f"evaluate: {trial.plan.name}, {trial.column}", command) == 0
 
@@ -167,7 +174,12 @@ def training_table(lines: Sequence[Line], trials: Sequence[Trial]) -> list[str]:
         facts, plan = took[line.plan.line], line.plan
         seconds = fmean(one["seconds_per_step"] for one in facts)
         loss = fmean(one["final_loss"] for one in facts)
-        cells = [plan.label, number(plan.budget or None, "g"), f"{seconds:.3f}", f"{100 * seconds / base:.0f} %"]
+        cells = [
+            markdown_cell(plan.label),
+            number(plan.budget or None, "g"),
+            f"{seconds:.3f}",
+            f"{100 * seconds / base:.0f} %",
+        ]
         rows.append("| " + " | ".join([*cells, str(facts[0]["steps"]), f"{loss:.3f}"]) + " |")
     return rows
 
@@ -247,7 +259,7 @@ def run(args: argparse.Namespace, make_runner: Callable[[Any], Any] = Runner) ->
         resolved = trial.resolve(args.flags)
         with make_runner(resolved.devices) as runner:
             facts = train(trial, resolved, runner)
-            if facts is None or not evaluate(trial, facts["model"], args, runner):
+            if facts is None or not evaluate(trial, facts, args, runner):
                 return 1
         write_json_atomically(trial.folder / DONE, facts)
         if not args.keep_models:

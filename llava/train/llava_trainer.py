@@ -16,6 +16,7 @@ from transformers import Trainer
 
 import duet
 from duet.attach import base_model
+from llava import sanity
 from llava.constants import IGNORE_INDEX
 from llava.model.checkpoints import load_partial, read_tensors, to_own_key
 from llava.train import checkpoints
@@ -295,7 +296,13 @@ class LLaVATrainer(Trainer):
         return "projector" if only_projector else "full"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model of this run in LLaVA's files. Every rank has to call it."""
+        """Write the model of this run in LLaVA's files. Every rank has to call it.
+
+        Raises:
+            NonFiniteWeights: on every rank, if the weights of any are NaN or infinite; nothing is written then.
+        """
+        if not _internal_call:
+            self._require_finite_weights()
         folder = Path(output_dir or self.args.output_dir)
         kind = self.save_kind()
         if kind == "full":
@@ -311,6 +318,15 @@ class LLaVATrainer(Trainer):
         if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
+    def _require_finite_weights(self) -> None:
+        """Stop all ranks where a step made weights NaN although its loss was finite; what is saved stays."""
+        names = sanity.non_finite_weights(self.model)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            every: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather_object(every, names)
+            names = list(dict.fromkeys(name for own in every for name in own))
+        sanity.refuse_non_finite(names, f"step {self.state.global_step}, nothing is saved")
+
     def _save_checkpoint(self, model: nn.Module, trial: Any, metrics: Any = None) -> None:
         """Save everything that resuming needs; only then does it count, and only then are older checkpoints deleted.
 
@@ -320,6 +336,7 @@ class LLaVATrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.state.global_step == self.resumed_at:
             return  # no step was taken since: what is saved is this
+        self._require_finite_weights()
         begin = time.perf_counter()
         # What an interrupted save left behind must not be mixed with the new files.
         self.accelerator.wait_for_everyone()

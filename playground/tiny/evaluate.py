@@ -3,7 +3,9 @@
     python -m playground.tiny.evaluate --model-path OUTPUT --data playground/tiny/data/heldout.json --name duet-192 \\
         --out results.json --overlays 4 [DUET flags]
 
-Runs are collected in the JSON file by name and seed; the Markdown table next to it compares all of them.
+Runs are collected in the JSON file by name and seed; the Markdown table next to it compares all of them. Exit status:
+0; 1 for a wrong request; 3 if what came out is no result: NaN, empty or identical answers, or every kind at or below
+chance after training. It is written and marked then, and the reason is printed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,16 +24,30 @@ from typing import Any
 import torch
 from PIL import Image
 from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import duet
 from duet.errors import main_guard
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
+from llava.eval.files import require_inside
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.pictures import read_picture
 from llava.reduction import ReductionArguments
-from playground.tiny.questions import KINDS
+from llava.sanity import (
+    BROKEN,
+    SHORT_RUN,
+    BrokenResult,
+    Group,
+    Watch,
+    about_answers,
+    about_chance,
+    refuse,
+    require_finite_weights,
+)
+from llava.train.checkpoints import RUN_MARKER
+from playground.tiny.questions import CHANCE, KINDS
 from playground.tiny.report import write_table
 
 TEMPLATE = "vicuna_v1"
@@ -109,9 +125,10 @@ class Pixels:
         """The image file as RGB.
 
         Raises:
-            ValueError: it cannot be opened; names it.
+            ValueError: it cannot be opened, or lies outside of the folder; names it.
         """
-        return read_picture(os.path.join(self.folder, name))
+        path = require_inside(Path(self.folder) / name, Path(self.folder), "the held-out questions")
+        return read_picture(str(path))
 
     def __call__(self, names: list[str]) -> torch.Tensor:
         """Pixels [B, 3, H, W] of some images."""
@@ -129,8 +146,8 @@ def peak_memory() -> float:
 
 
 @torch.inference_mode()
-def predict(model, tokenizer, pixels: Pixels, group: list[Question]) -> list[str]:
-    """Greedy answers to a batch of questions of equal length."""
+def predict(model, tokenizer, pixels: Pixels, group: list[Question], watch: LogitsProcessor | None = None) -> list[str]:
+    """Greedy answers to a batch of questions of equal length; `watch` looks at the logits."""
     ids = torch.tensor([q.ids for q in group], device=model.device)
     images = pixels([q.image for q in group]).to(model.device, model.dtype)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -142,6 +159,7 @@ def predict(model, tokenizer, pixels: Pixels, group: list[Question]) -> list[str
         max_new_tokens=MAX_NEW_TOKENS,
         use_cache=True,
         pad_token_id=pad,
+        logits_processor=LogitsProcessorList([] if watch is None else [watch]),
     )
     return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
 
@@ -164,18 +182,22 @@ def evaluate(model, tokenizer, processor, records: list[dict], folder: str, batc
     """Answer every record and count.
 
     Returns:
-        accuracy per kind and their mean, counts, tokens per layer and their average, seconds per question, peak memory
-        and every prediction.
+        accuracy per kind and their mean, counts, tokens per layer and their average, seconds per question, peak memory,
+        how many answers come from logits that are NaN, and every prediction.
     """
     questions = [make_question(record, tokenizer) for record in records]
     pixels = Pixels(folder, processor, model.config)
     pixels(sorted({q.image for q in questions}))
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
-    predictions = {}
+    predictions: dict[str, str] = {}
+    non_finite = 0
     begin = time.perf_counter()
     with duet.trace(images=False) as trace, tqdm(total=len(questions), unit="question", desc="evaluate") as bar:
         for group in batches(questions, batch):
-            for question, text in zip(group, predict(model, tokenizer, pixels, group), strict=True):
+            watch = Watch()
+            texts = predict(model, tokenizer, pixels, group, watch)
+            non_finite += sum(watch.rows(len(group)))
+            for question, text in zip(group, texts, strict=True):
                 right[question.kind].append(text == question.answer)
                 predictions[question.name] = text
             bar.update(len(group))
@@ -190,8 +212,40 @@ def evaluate(model, tokenizer, processor, records: list[dict], folder: str, batc
         "average_tokens": sum(layers) / len(layers),
         "seconds_per_question": seconds / len(questions),
         "peak_memory_mib": peak_memory(),
+        "non_finite": non_finite,
         "predictions": predictions,
     }
+
+
+def look_at(run: dict[str, Any], chance: Mapping[str, float], trained: bool) -> list[str]:
+    """Return what says that a run is no result; see `llava.sanity`.
+
+    Args:
+        run: what `evaluate` returned.
+        chance: share of right answers that guessing gives, by kind.
+        trained: a training of some length made the model, so that chance is an error.
+    """
+    found = about_answers(list(run["predictions"].values()), run["mean"], run.get("non_finite", 0))
+    if trained:
+        counts, accuracy = run["questions"], run["accuracy"]
+        found += about_chance(
+            {kind: Group(share * counts[kind], counts[kind], chance[kind]) for kind, share in accuracy.items()}
+        )
+    return found
+
+
+def was_trained(model_path: str, log: dict[str, Any] | None) -> bool:
+    """Whether a training of some length ended with this model.
+
+    Args:
+        model_path: its folder, where a training that ended leaves a marker.
+        log: what --train-log holds, or None.
+    """
+    marker = Path(model_path) / RUN_MARKER
+    if log is None and marker.is_file():
+        log = json.loads(marker.read_text(encoding="utf-8"))
+    steps = None if log is None else log.get("step")
+    return isinstance(steps, int) and steps >= SHORT_RUN
 
 
 def draw_overlays(model, tokenizer, processor, records: list[dict], folder: str, count: int, out: Path) -> list[Path]:
@@ -238,7 +292,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@main_guard
+@main_guard(statuses={BrokenResult: BROKEN})
 def main() -> None:
     """Command line entry."""
     args = parse_arguments()
@@ -248,11 +302,14 @@ def main() -> None:
     tokenizer, model, processor, _ = load_pretrained_model(
         args.model_path, args.model_base, get_model_name_from_path(args.model_path), duet_config=wanted
     )
+    require_finite_weights(model, args.model_path)
     run = evaluate(model, tokenizer, processor, records, folder, args.batch)
     run |= {"name": args.name or get_model_name_from_path(args.model_path), "seed": args.seed}
     run["reduction"] = getattr(model.config, "duet", None)
-    if args.train_log:
-        run["training"] = json.loads(Path(args.train_log).read_text(encoding="utf-8"))
+    log = json.loads(Path(args.train_log).read_text(encoding="utf-8")) if args.train_log else None
+    run["broken"] = look_at(run, CHANCE, was_trained(args.model_path, log))
+    if log is not None:
+        run["training"] = log
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     table = write_table(collect(out, run), out.with_suffix(".md"))
@@ -261,6 +318,7 @@ def main() -> None:
         paths = draw_overlays(model, tokenizer, processor, records, folder, args.overlays, target)
         print(f"{len(paths)} overlays in {target}")
     print(table)
+    refuse({run["name"]: run["broken"]})
 
 
 if __name__ == "__main__":

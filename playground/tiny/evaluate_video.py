@@ -20,17 +20,20 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import AutoConfig, VideoLlavaForConditionalGeneration
+from transformers import AutoConfig, LogitsProcessor, LogitsProcessorList, VideoLlavaForConditionalGeneration
 
 import duet
 from duet import DuetConfig
+from duet.cells import markdown_cell
 from duet.errors import main_guard
+from llava.eval.files import require_inside
 from llava.eval.video import read_frames
 from llava.reduction import ReductionArguments
+from llava.sanity import BROKEN, BrokenResult, Watch, refuse, require_finite_weights
 from llava.train.hf_chat import Chat, messages_of
 from llava.train.hf_model import visual_ids
 from llava.train.hf_processor import load_processor
-from playground.tiny.evaluate import collect, layer_means, peak_memory
+from playground.tiny.evaluate import collect, layer_means, look_at, peak_memory, was_trained
 from playground.tiny.evaluate import load_records as read_heldout
 from playground.tiny.video_questions import CHANCE, KINDS, UNORDERED
 
@@ -65,15 +68,18 @@ def prompt(chat: Chat, record: dict[str, Any], folder: Path, seen: dict[str, Any
     text = chat.render(messages, open_turn=True)
     if record["video"] not in seen:
         seen.clear()
-        seen[record["video"]] = read_frames(folder / record["video"], FRAMES)
+        path = require_inside(folder / record["video"], folder, f"record {record['id']}")
+        seen[record["video"]] = read_frames(path, FRAMES)
     return chat.processor(
         text=[text], videos=[seen[record["video"]]], return_tensors="pt", add_special_tokens=chat.adds_special(text)
     )
 
 
 @torch.inference_mode()
-def predict(model: Any, chat: Chat, prompts: list[dict[str, torch.Tensor]]) -> list[str]:
-    """Greedy answers to a batch of questions."""
+def predict(
+    model: Any, chat: Chat, prompts: list[dict[str, torch.Tensor]], watch: LogitsProcessor | None = None
+) -> list[str]:
+    """Greedy answers to a batch of questions; `watch` looks at the logits."""
     longest = max(entry["input_ids"].shape[1] for entry in prompts)
     room = [longest - entry["input_ids"].shape[1] for entry in prompts]
     fill = chat.tokenizer.pad_token_id
@@ -83,7 +89,8 @@ def predict(model: Any, chat: Chat, prompts: list[dict[str, torch.Tensor]]) -> l
         "pixel_values_videos": torch.cat([entry["pixel_values_videos"] for entry in prompts]),
     }
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    watching = LogitsProcessorList([] if watch is None else [watch])
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, logits_processor=watching)
     answers = chat.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
@@ -96,12 +103,14 @@ def evaluate(model: Any, chat: Chat, records: list[dict[str, Any]], folder: Path
         and every prediction.
     """
     right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
-    predictions, seen = {}, {}
+    predictions, seen, non_finite = {}, {}, 0
     begin = time.perf_counter()
     rest = iter(records)
     with duet.trace(images=False) as trace:
         while group := list(islice(rest, batch)):
-            answers = predict(model, chat, [prompt(chat, record, folder, seen) for record in group])
+            watch = Watch()
+            answers = predict(model, chat, [prompt(chat, record, folder, seen) for record in group], watch)
+            non_finite += sum(watch.rows(len(group)))
             for record, answer in zip(group, answers, strict=True):
                 right[record["kind"]].append(answer == record["answer"])
                 predictions[record["id"]] = answer
@@ -115,6 +124,7 @@ def evaluate(model: Any, chat: Chat, records: list[dict[str, Any]], folder: Path
         "average_tokens": mean(layers),
         "seconds_per_question": (time.perf_counter() - begin) / len(records),
         "peak_memory_mib": peak_memory(),
+        "non_finite": non_finite,
         "predictions": predictions,
     }
 
@@ -133,7 +143,8 @@ def markdown(runs: list[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     for name in dict.fromkeys(run["name"] for run in runs):
         own = [run for run in runs if run["name"] == name]
-        cells = [name, str(len(own)), _figure([run["average_tokens"] for run in own])]
+        broken = " **(BROKEN, no result)**" if any(run.get("broken") for run in own) else ""
+        cells = [markdown_cell(name) + broken, str(len(own)), _figure([run["average_tokens"] for run in own])]
         cells.append(_figure([run["mean"] for run in own], 100))
         for kind in KINDS:
             values = [run["accuracy"][kind] for run in own if kind in run["accuracy"]]
@@ -159,22 +170,25 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@main_guard
+@main_guard(statuses={BrokenResult: BROKEN})
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     args = make_parser().parse_args(argv)
     records = load_records(args.data)[: args.limit]
     model, chat = load(args.model_path, args.model_base, ReductionArguments.from_namespace(args))
+    require_finite_weights(model, args.model_path)
     run = evaluate(model, chat, records, Path(args.data).parent, args.batch)
     run |= {"name": args.name or Path(args.model_path).name, "seed": args.seed, "reduction": model.config.duet}
     done = Path(args.model_path) / "run_complete.json"
     if done.is_file():
         run["seconds_per_step"] = json.loads(done.read_text(encoding="utf-8")).get("seconds_per_step")
+    run["broken"] = look_at(run, CHANCE, was_trained(args.model_path, None))
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     table = markdown(collect(out, run))
     out.with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)
+    refuse({run["name"]: run["broken"]})
 
 
 if __name__ == "__main__":

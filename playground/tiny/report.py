@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import mean, stdev
 
+from duet.cells import markdown_cell
 from playground.tiny.questions import CHANCE, KINDS
 
 
@@ -14,7 +15,12 @@ def _figure(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
 
 
 def _row(name: str, runs: list[dict]) -> str:
-    cells = [name, str(len(runs)), _figure([run["average_tokens"] for run in runs])]
+    broken = any(run.get("broken") for run in runs)
+    cells = [
+        markdown_cell(name) + (" **(BROKEN, no result)**" if broken else ""),
+        str(len(runs)),
+        _figure([run["average_tokens"] for run in runs]),
+    ]
     cells.append(_figure([run["mean"] for run in runs], 100))
     for kind in KINDS:
         values = [run["accuracy"][kind] for run in runs if kind in run["accuracy"]]

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from PIL import Image
 
 from llava.pictures import PictureError, read_picture
+from llava.sanity import Group
 
 # What LLaVA's prompts end with. Benchmarks are sensitive to every character of them.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -116,6 +117,7 @@ class Task(ABC):
         video: whether `Question.visuals` is a video, to be read as frames.
         pictures: of how many pictures it asks; None is all, see `part_of`.
         orientation: how pictures are turned, see `llava.pictures.ORIENTATIONS`; the command line sets it.
+        chance: the share of right answers that guessing gives, where the headline is a share in percent; else None.
     """
 
     name: ClassVar[str]
@@ -125,6 +127,7 @@ class Task(ABC):
     video: ClassVar[bool] = False
     pictures: ClassVar[int | None] = None
     orientation: str = "exif"
+    chance: ClassVar[float | None] = None
 
     def home(self, root: Path) -> Path:
         """The benchmark's folder."""
@@ -151,6 +154,17 @@ class Task(ABC):
         Raises:
             BadEvalData: an answer belongs to no question, or a question has two answers; names the ids.
         """
+
+    def groups(self, questions: Sequence[Question], score: Score) -> dict[str, Group]:
+        """Return what is compared with chance: right answers and the level of guessing, by name; nothing if unknown.
+
+        Args:
+            questions: all that were asked.
+            score: what they got.
+        """
+        if self.chance is None:
+            return {}
+        return {self.title: Group(score.value / 100 * score.expected, score.expected, self.chance)}
 
     def restrict(self, root: Path, by_key: Mapping[K, V]) -> dict[K, V]:
         """Leave what belongs to the questions that are asked; scoring restricts the annotations so.

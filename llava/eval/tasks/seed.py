@@ -188,6 +188,7 @@ class SeedImage(Task):
     name = "seed_image"
     title = "SEED-I"
     folder = "seed_bench"
+    chance = 0.25  # four options
 
     def needed(self, root: Path) -> list[Needed]:
         """The annotations and the pictures."""

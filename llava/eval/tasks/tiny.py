@@ -12,6 +12,7 @@ from pathlib import Path
 from llava.eval.files import as_row, read_json
 from llava.eval.tasks import TASKS
 from llava.eval.tasks.base import Answer, Needed, Question, Score, Task, join_answers
+from llava.sanity import Group, guessing
 
 SOURCE = "python -m playground.tiny.export_eval --out with the folder that --root names"
 
@@ -45,6 +46,16 @@ class Tiny(Task):
             )
             found.append(Question(name, name, text, (self.home(root) / image,), kind, {"answer": answer}))
         return found
+
+    def groups(self, questions: Sequence[Question], score: Score) -> dict[str, Group]:
+        """Every kind of question, where guessing is the best constant answer."""
+        truths: dict[str, list[str]] = {}
+        for question in questions:
+            truths.setdefault(question.category, []).append(question.extra["answer"])
+        return {
+            kind: Group(score.metrics[f"accuracy_{kind}"] / 100 * len(own), len(own), guessing(own))
+            for kind, own in truths.items()
+        }
 
     def score(self, root: Path, answers: Sequence[Answer]) -> Score:
         """Share of all questions whose answer is the expected text; `kind_mean` is the mean over the kinds instead."""
