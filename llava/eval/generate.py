@@ -180,6 +180,7 @@ class Answerer:
         Raises:
             PromptTooLong: see `check`.
         """
+        self.non_finite = []
         if not ids:
             return []
         places = iter(sizes)
