@@ -33,7 +33,7 @@ from duet.families.prompt import (
 from duet.loss import causal_lm_loss
 from duet.queries import answers_from_labels
 from duet.question import Question, asked, is_read, read_question
-from duet.versions import CACHE, build_output, refuse_unknown, take_cache
+from duet.versions import CACHE, WITHOUT_USE, build_output, refuse_unknown, take_cache
 
 
 class ReducedModel:
@@ -276,13 +276,9 @@ def _output(
     )
 
 
-# Processors and tokenizers give these to models that have no use for them.
-_WITHOUT_USE = ("token_type_ids", "mm_token_type_ids")
-
-
 def _loss_arguments(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return what the loss reads of the arguments that are left over, and refuse what nothing reads."""
-    left = {name: value for name, value in kwargs.items() if value is not None and name not in _WITHOUT_USE}
+    left = {name: value for name, value in kwargs.items() if value is not None and name not in WITHOUT_USE}
     known = set(inspect.signature(type(model).forward).parameters)
     refuse_unknown(left.keys() - {"num_items_in_batch"}, known - left.keys(), f"{type(model).__name__}.forward")
     return left

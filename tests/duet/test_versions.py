@@ -117,3 +117,12 @@ def test_layers_that_would_swallow_the_cache_are_refused(model, inputs):
             model(**inputs, use_cache=True)
     finally:
         decoder.layers = layers
+
+
+def test_stop_strings_work_although_generate_hands_their_tokenizer_to_forward(model, inputs):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(golden_llava.GOLDEN / "tokenizer")
+    steps = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 5}
+    whole = model.generate(**inputs, **steps)
+    assert torch.equal(model.generate(**inputs, stop_strings=["never said"], tokenizer=tokenizer, **steps), whole)

@@ -19,7 +19,7 @@ from duet import causal_lm_loss, tracing
 from duet.cache import masks_for_generate
 from duet.decoder import reduces
 from duet.tokens import Counts
-from duet.versions import CACHE, build_output, refuse_unknown, take_cache
+from duet.versions import CACHE, WITHOUT_USE, build_output, refuse_unknown, take_cache
 from llava.model.checkpoints import TOWER_PREFIX, to_original_layout
 from llava.model.language_model.decoder import (
     LlavaCausalLMOutput,
@@ -353,7 +353,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
 
 def _refuse_unread(model: Any, kwargs: dict[str, Any]) -> None:
     """Refuse keyword arguments that would be lost, but for those that name what every model here is."""
-    left = {name for name, value in kwargs.items() if value is not None} - {"modalities", "token_type_ids"}
+    left = {name for name, value in kwargs.items() if value is not None} - WITHOUT_USE - {"modalities"}
     refuse_unknown(left, inspect.signature(type(model).forward).parameters, f"{type(model).__name__}.forward")
 
 
