@@ -31,8 +31,8 @@ CACHE = next(name for name in CACHE_NAMES if name in _field_names(BaseModelOutpu
 """What ``generate`` and the model classes of the installed release call the key-value cache."""
 
 WITHOUT_USE = frozenset({"token_type_ids", "mm_token_type_ids", "tokenizer", "assistant_tokenizer"})
-"""What carries nothing that a decoder with pictures reads, and reaches ``forward`` all the same: tokenizers and processors
-give the first two to every model, and ``generate`` hands on the tokenizer that its stop strings need."""
+"""What carries nothing that a decoder with pictures reads, and reaches ``forward`` all the same: tokenizers and
+processors give the first two to every model, and ``generate`` hands on the tokenizer that its stop strings need."""
 
 MULTIMODAL_OUTPUT: type = getattr(
     modeling_outputs, "MultimodalCausalLMOutputWithPast", modeling_outputs.CausalLMOutputWithPast

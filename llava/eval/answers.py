@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from llava.eval.files import read_json_lines
+from llava.eval.files import parse_json_lines, read_json_lines
 from llava.eval.tasks.base import Answer, BadEvalData
 
 
@@ -69,9 +70,17 @@ def cut_torn_line(path: Path) -> None:
     """
     with open(path, "rb+") as file:
         _lock(file, path)
-        data = file.read()
-        if not data.endswith(b"\n"):
-            file.truncate(data.rfind(b"\n") + 1)
+        _whole_lines(file)
+
+
+def _whole_lines(file: IO[bytes]) -> bytes:
+    """Cut off an unfinished last line of a locked file; returns what is left."""
+    file.seek(0)
+    data = file.read()
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
+        file.truncate(end)
+    return data[:end]
 
 
 def _lock(file: IO, path: Path) -> None:
@@ -113,15 +122,29 @@ class AnswersFile:
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        cut_torn_line(path)
-        self.rows = read_rows(path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._file: Any = open(path, "ab+")  # noqa: SIM115
         _lock(self._file, path)
+        # Through the locked file itself: closing another one of this process would give the lock up.
+        try:
+            self.rows = [row.data for row in parse_json_lines(_whole_lines(self._file).decode("utf-8-sig"), path)]
+        except UnicodeDecodeError as error:
+            self._file.close()
+            raise BadEvalData(f"{path}: not UTF-8 text (byte {error.start}); remove the file") from error
+        except BadEvalData:
+            self._file.close()
+            raise
+
+    def set_aside(self) -> Path:
+        """Start anew, and keep the rows that were there in a file beside this one; returns that file."""
+        old = next(p for i in itertools.count(1) if not (p := self.path.with_name(f"{self.path.name}.old{i}")).exists())
+        write_lines(old, self.rows)
+        self._file.truncate(0)
+        self.rows = []
+        return old
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows, in one write that a reader sees at once."""
-        self._file.write("".join(_line(row) for row in rows))
+        self._file.write("".join(_line(row) for row in rows).encode())
         self._file.flush()
 
     def close(self) -> None:

@@ -90,8 +90,17 @@ def read_json_lines(path: Path) -> list[Row]:
     Raises:
         BadEvalData: It is missing, not UTF-8, or a line is no JSON object; names the line, counted from 1.
     """
+    return parse_json_lines(_read_text(path), path)
+
+
+def parse_json_lines(text: str, path: Path) -> list[Row]:
+    """The rows of a file's text; see `read_json_lines`.
+
+    Raises:
+        BadEvalData: a line is no JSON object; names the line, counted from 1.
+    """
     rows: list[Row] = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

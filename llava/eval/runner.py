@@ -233,6 +233,8 @@ class BenchmarkRun:
             disable=not self.processes.first,
         )  # fmt: skip
         with AnswersFile(path) as file, bar:
+            # Another start of the same command may have answered since `done` was read, before the file was ours.
+            done |= {row["key"]: row for row in file.rows}
             begin = time.perf_counter()
             for loaded in load_batches(pictures, self.options.workers):
                 batch = open_batches[loaded.index]

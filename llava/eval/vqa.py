@@ -148,15 +148,22 @@ class FolderPictures:
         return files
 
 
-def continue_file(path: Path, settings: Settings) -> None:
-    """Start an answers file anew unless it was begun with the same settings (they lie next to it)."""
-    beside = path.with_name(path.name + ".settings.json")
-    stored = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and stored != asdict(settings):
-        logger.warning("%s was written with other settings or by another program; it is written anew", path)
-        path.unlink()
-    write_json(beside, asdict(settings))
+def continue_file(file: AnswersFile, settings: Settings) -> None:
+    """Start an answers file anew unless it was begun with the same settings, which lie next to it; old answers stay."""
+    beside = file.path.with_name(file.path.name + ".settings.json")
+    try:
+        stored = json.loads(beside.read_bytes())
+    except (OSError, ValueError):
+        stored = None
+    wanted = json.loads(json.dumps(asdict(settings)))
+    if file.rows and stored != wanted:
+        old: dict[str, Any] = stored if isinstance(stored, dict) else {}
+        changed = ", ".join(name for name in wanted if old.get(name) != wanted[name]) if old else "not known"
+        logger.warning(
+            "%s was written with other settings (%s); it is written anew, and its answers are kept in %s",
+            file.path, changed, file.set_aside(),
+        )  # fmt: skip
+    write_json(beside, wanted)
 
 
 def answer_rows(
@@ -276,8 +283,8 @@ def run(
         + (f", {args.image_orientation} orientation" if args.image_orientation != "exif" else ""),
     )
     path = Path(os.path.expanduser(args.answers_file))
-    continue_file(path, settings)
     with AnswersFile(path) as file:
+        continue_file(file, settings)
         opener = functools.partial(pictures.open, orientation=args.image_orientation)
         answer_rows(rows, files, file, answerer, args, max_new_tokens, opener)
 

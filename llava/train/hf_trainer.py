@@ -10,6 +10,7 @@ from torch import nn
 
 from duet.families import FAMILIES
 from llava.model.checkpoints import gathered
+from llava.train.checkpoints import CheckpointError
 from llava.train.hf_model import projectors
 from llava.train.llava_trainer import ADAPTER_FILE, LLaVATrainer
 from llava.train.lora import get_mm_adapter_state_maybe_zero_3, load_adapter
@@ -71,6 +72,11 @@ class HfTrainer(LLaVATrainer):
             return
         # Through the class itself: a saved file may name its tensors as the hub does, not as the model does.
         host: Any = FAMILIES.get(target.config.model_type).host  # type: ignore[attr-defined]
-        saved = host.from_pretrained(folder, dtype=torch.float32).state_dict()
+        saved, report = host.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        if report["missing_keys"]:
+            absent = sorted(report["missing_keys"])
+            raise CheckpointError(
+                f"{folder}: {len(absent)} weights are in no file of this checkpoint, e.g. {absent[0]}"
+            )
         with gathered(target.parameters()), torch.no_grad():
-            target.load_state_dict(saved, strict=True)
+            target.load_state_dict(saved.state_dict(), strict=True)

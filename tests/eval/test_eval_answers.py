@@ -86,6 +86,17 @@ def test_a_worker_that_outlives_a_killed_run_keeps_nobody_out(tmp_path):
         assert len(file.rows) == 1 and time.monotonic() - begin < 2, "the worker must still be alive"
 
 
+def test_reading_the_rows_does_not_give_the_lock_up_and_old_answers_are_kept(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_lines(path, [row("a")])
+    with AnswersFile(path) as file:
+        assert in_processes(refused, path) == [0]
+        assert file.set_aside() == tmp_path / "a.jsonl.old1"
+        file.append([row("b")])
+        assert in_processes(refused, path) == [0]
+    assert (read_rows(path), read_rows(tmp_path / "a.jsonl.old1")) == ([row("b")], [row("a")])
+
+
 def test_damage_in_the_middle_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row("a")) + "\n{oops\n" + json.dumps(row("b")) + "\n")

@@ -69,6 +69,36 @@ def test_resumed_losses_equal_the_uninterrupted_ones(train_hf, tmp_path, family,
     assert max(abs(resumed[step] - whole[step]) for step in resumed) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_output_folders_and_checkpoints_are_respected_as_in_llavas_own_training(train_hf, tmp_path, caplog, kind):
+    from safetensors.torch import load_file, save_file
+
+    from llava.train.checkpoints import CheckpointError
+    from llava.train.folder_lock import exclusive
+
+    flags = {"max_steps": 3, "save_steps": 2, "lr_scheduler_type": "constant"} | (LORA if kind == "lora" else {})
+    train_hf("llava", **flags)
+    out, weights = tmp_path / "out", "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    before = (out / weights).read_bytes()
+    assert train_hf("llava", **flags) is False and "finished: nothing is trained" in caplog.text
+    assert (out / weights).read_bytes() == before
+    with pytest.raises(CheckpointError, match=r"other settings \(learning_rate: .* -> 1e-05\)"):
+        train_hf("llava", **flags | {"learning_rate": 1e-5})
+    with exclusive(out), pytest.raises(CheckpointError, match="in use by another run"):
+        train_hf("llava", **flags)
+    saved = out / "checkpoint-2"
+    (saved / "checkpoint_complete.json").unlink()
+    whole = load_file(saved / weights)
+    name = next(name for name in whole if "lora_A" in name or "q_proj" in name)
+    save_file({key: value for key, value in whole.items() if key != name}, saved / weights, metadata={"format": "pt"})
+    with pytest.raises((CheckpointError, ValueError), match=r"1 (adapter )?weights are"):
+        train_hf("llava", output="new", resume_from_checkpoint=saved, **flags)
+    for path in (saved / weights, saved / "optimizer.pt"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=rf"{weights} is missing \(weights\); optimizer\.pt is missing"):
+        train_hf("llava", output="new", resume_from_checkpoint=saved, **flags)
+
+
 def test_lora_saves_an_adapter_that_peft_loads(train_hf, hf_models, tmp_path):
     import peft
     import transformers as hf
