@@ -1,6 +1,7 @@
 # Every target runs in .venv when it is there, in the active environment otherwise.
 # make setup PYTHON=python3.12            another interpreter
 # make setup TORCH="torch==2.12.0"        another torch; pip options are allowed here, such as --index-url of PyTorch's CPU or ROCm builds
+# make setup LATEST=1                     the newest versions that pyproject.toml declares, not the locked ones
 # make test  TEST_ARGS="-n 8"             other options for pytest
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -20,6 +21,9 @@ ifneq ($(findstring /,$(PY)),)
   export PATH := $(dir $(PY)):$(PATH)
 endif
 
+# What the environment was made of: a stamp of the other kind does not count.
+STAMP := $(VENV)/.ready-$(if $(filter-out 0,$(LATEST)),latest,locked)
+
 EXTRAS ?= train,eval,demo,dev
 TEST_ARGS ?= -n 2
 
@@ -29,17 +33,24 @@ TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false OMP
 # MKL's reproducible mode: the same bits whatever the memory alignment, and on AMD processors faster for few rows.
 BENCH_ENV := MKL_CBWR=$(or $(MKL_CBWR),AUTO)
 
-.PHONY: help setup check format test test-gpu demo bench clean
+.PHONY: help setup lock check format test test-sets test-gpu doctor demo bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.ready ## Make .venv and install the two packages with everything they need (repeat: nothing to do)
+setup: $(STAMP) ## Make .venv with both packages and tested versions of all that they need (repeat: nothing to do)
 
-$(VENV)/.ready: pyproject.toml
-	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' bash scripts/lib/setup.sh "$(VENV)" "$(EXTRAS)"
+$(STAMP): pyproject.toml scripts/lib/setup.sh $(wildcard scripts/lib/locked-*.txt)
+	@rm -f "$(VENV)"/.ready*
+	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' LATEST='$(LATEST)' bash scripts/lib/setup.sh "$(VENV)" "$(EXTRAS)"
 	@touch "$@"
 	@echo "setup: done; . $(VENV)/bin/activate"
+
+lock: ## Write the newest declared versions down as those that setup installs (then test them)
+	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' bash scripts/lib/lock.sh
+
+doctor: ## Is this installation right? Versions, devices, compilers, disk, and a self-test of the arithmetic
+	@$(PY) -m llava.cli doctor
 
 check: ## Formatting, lint, types and the structural rules; changes nothing
 	$(PY) -m ruff format --check .
@@ -53,6 +64,9 @@ format: ## Apply the formatter and the safe lint fixes
 
 test: ## All tests that need no accelerator
 	$(TEST_ENV) $(PY) -m pytest -m "not gpu" $(TEST_ARGS)
+
+test-sets: ## Contract, golden and generation tests on the lowest and newest declared versions; a look beyond
+	$(TEST_ENV) $(PY) scripts/lib/test_sets.py $(SETS) -- $(TEST_ARGS)
 
 test-gpu: ## The tests that need a CUDA or ROCm device (skipped, with the reason, where there is none)
 	$(PY) -m pytest -m gpu

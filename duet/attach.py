@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from duet import families
+from duet import families, selftest
 from duet.config import CONFIG_KEY, DuetConfig
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def attach(model: nn.Module, config: DuetConfig | None = None, *, text_encoder: 
     family.check_config(model, config)
     counted = replace(config, per="pass") if facts.unit == "image" else config  # one pass is the picture
     counted.validate(facts.patches, facts.num_layers, facts.class_token)
-    families.warn_if_untested()
+    selftest.ensure()
     handle = Handle(model, config.for_depth(facts.num_layers), facts, family, type(model), text_encoder)
     handle._stored_config = vars(model.config).get(CONFIG_KEY, _MISSING)
     setattr(model.config, CONFIG_KEY, config.to_dict())

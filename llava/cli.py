@@ -20,6 +20,7 @@ COMMANDS = {
     "report": ("llava.eval.report", "one table over the runs of a results folder"),
     "bench": ("duet.bench", "speed and memory of prefills and training steps"),
     "convert": ("llava.convert", "checkpoints between layouts"),
+    "doctor": ("llava.doctor", "is this installation right? versions, devices, disk, a self-test"),
     "calibrate": ("llava.eval.calibrate", "what FitPrune has to measure on a model before it runs"),
 }
 

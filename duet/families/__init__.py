@@ -8,21 +8,14 @@ docs/add-a-family.md has the whole way. What several families share is in module
 
 from __future__ import annotations
 
-import re
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import transformers
 from torch import nn
 
 from duet.config import DuetConfig
 from duet.registry import Registry
-
-TESTED = ((5, 17), (5, 24))
-"""The first and the last version of transformers that the families were tested with."""
 
 
 @dataclass(frozen=True)
@@ -95,21 +88,3 @@ def find(model: nn.Module) -> Family:
     family = FAMILIES.get(model_type)
     family.check(model)
     return family
-
-
-def warn_if_untested() -> None:
-    """Warn once if the installed version of transformers is not one that the families were tested with."""
-    _warn_if_untested(transformers.__version__)
-
-
-@lru_cache(maxsize=8)
-def _warn_if_untested(version: str) -> None:
-    numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
-    if not TESTED[0] <= numbers <= TESTED[1]:
-        first, last = (".".join(map(str, found)) for found in TESTED)
-        warnings.warn(
-            f"duet was tested with transformers {first} to {last}, and {version} is installed: model classes may have "
-            f"changed. Compare a run with DuetConfig.none() to one without DUET, or install transformers>={first},<="
-            f"{last}.*",
-            stacklevel=4,
-        )

@@ -68,17 +68,3 @@ def test_without_the_file_the_error_names_the_type_and_the_guide():
     with pytest.raises(ValueError, match=r"model_type 'vipllava'.*supported.*llava_next.*docs/add-a-family\.md"):
         duet.attach(CASE.build(), CASE.config)
     assert (ROOT / "docs" / "add-a-family.md").exists()
-
-
-@pytest.mark.parametrize(
-    ("version", "warns"), [("5.16.2", True), ("5.17.0", False), ("5.24.1", False), ("6.0.0", True)]
-)
-def test_versions_that_were_not_tested_warn_once(version, warns, monkeypatch, recwarn):
-    case = models.CASES["llava"]
-    monkeypatch.setattr(duet.families.transformers, "__version__", version)
-    duet.families._warn_if_untested.cache_clear()
-    for _ in range(2):
-        duet.detach(duet.attach(case.build(), case.config).model)
-    found = [str(warning.message) for warning in recwarn if "tested with transformers" in str(warning.message)]
-    assert len(found) == int(warns)
-    assert all(f"5.17 to 5.24, and {version}" in message for message in found)

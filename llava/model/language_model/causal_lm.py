@@ -20,6 +20,7 @@ from duet.cache import masks_for_generate
 from duet.decoder import reduces
 from duet.tokens import Counts
 from duet.versions import CACHE, WITHOUT_USE, build_output, refuse_unknown, take_cache
+from llava import selftest
 from llava.model.checkpoints import TOWER_PREFIX, to_original_layout
 from llava.model.language_model.decoder import (
     LlavaCausalLMOutput,
@@ -318,6 +319,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         Raises:
             ValueError: The checkpoint has missing or unexpected weights; they are named.
         """
+        selftest.ensure()
         host: Any = super()
         return load_pretrained(cls, host.from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
 

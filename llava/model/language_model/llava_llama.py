@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from llava import selftest
 from llava.model.language_model.causal_lm import LlavaCausalLM
 from llava.model.llava_arch import LlavaMetaModel
 
@@ -27,6 +28,7 @@ class LlavaLlamaForCausalLM(LlavaCausalLM, LlamaForCausalLM):
     config_class = LlavaConfig
 
     def __init__(self, config: LlavaConfig):
+        selftest.ensure()
         # The host's constructor would build a decoder without vision first.
         super(LlamaForCausalLM, self).__init__(config)
         self.model = LlavaLlamaModel(config)

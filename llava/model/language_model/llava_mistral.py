@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM, MistralModel
 
+from llava import selftest
 from llava.model.language_model.causal_lm import LlavaCausalLM
 from llava.model.llava_arch import LlavaMetaModel
 
@@ -27,6 +28,7 @@ class LlavaMistralForCausalLM(LlavaCausalLM, MistralForCausalLM):
     config_class = LlavaMistralConfig
 
     def __init__(self, config: LlavaMistralConfig):
+        selftest.ensure()
         # The host's constructor would build a decoder without vision first.
         super(MistralForCausalLM, self).__init__(config)
         self.model = LlavaMistralModel(config)
