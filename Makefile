@@ -33,7 +33,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false OMP
 # MKL's reproducible mode: the same bits whatever the memory alignment, and on AMD processors faster for few rows.
 BENCH_ENV := MKL_CBWR=$(or $(MKL_CBWR),AUTO)
 
-.PHONY: help setup lock check format test test-sets test-gpu doctor demo bench clean
+.PHONY: help setup lock check format test test-sets test-gpu test-trl doctor demo bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,10 @@ test-sets: ## Contract, golden and generation tests on the lowest and newest dec
 
 test-gpu: ## The tests that need a CUDA or ROCm device (skipped, with the reason, where there is none)
 	$(PY) -m pytest -m gpu
+
+test-trl: ## TRL's trainers on an attached model (installs the tested TRL into build/trl, outside of the environment)
+	@[ -e build/trl/trl/__init__.py ] || $(PY) -m pip install --quiet --no-deps --target build/trl -r tests/trl_trainers/requirements.txt
+	$(TEST_ENV) PYTHONPATH=$(CURDIR):$(CURDIR)/build/trl$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PY) -m pytest tests/trl_trainers
 
 demo: ## Train and evaluate LLaVA with DUET in the tiny world
 	bash scripts/finetune_duet.sh

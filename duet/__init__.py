@@ -3,7 +3,7 @@
 from duet import tested
 
 try:
-    from duet.attach import attach, detach
+    from duet.attach import attach, detach, handle
     from duet.config import DuetConfig
     from duet.decoder import run_decoder
     from duet.loss import causal_lm_loss
@@ -13,4 +13,4 @@ except (ImportError, AttributeError) as error:  # a library that calls things ot
     raise ImportError(tested.explained(error), name=getattr(error, "name", None)) from error
 
 __version__ = "0.1.0"
-__all__ = ["DuetConfig", "attach", "causal_lm_loss", "detach", "encode_vision", "run_decoder", "trace"]
+__all__ = ["DuetConfig", "attach", "causal_lm_loss", "detach", "encode_vision", "handle", "run_decoder", "trace"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 from duet.versions import take_cache
@@ -147,6 +147,28 @@ class DuetCache(DynamicCache):
     def _index_segments(self, index: Tensor) -> None:
         for segment in self.segments:
             segment.index_batch(index)
+
+
+def check_prefill_cache(given: Cache | None) -> None:
+    """Raise ValueError for a cache that a reduced prefill cannot start with; an empty one is replaced."""
+    if given is None:
+        return
+    if given.get_seq_length() > 0:
+        raise ValueError(
+            "the cache already holds positions of an unreduced pass; start a reduced prefill with an empty cache. "
+            "(PEFT's prefix tuning puts virtual tokens there, and does not work while DUET is attached; prompt tuning "
+            "and LoRA do)"
+        )
+    if getattr(given, "offloading", False):
+        raise ValueError(
+            "an offloaded cache cannot hold layers of different lengths; leave cache_implementation out, or detach "
+            "DUET. A reduced cache is smaller in the first place"
+        )
+    if type(given) not in (DynamicCache, DuetCache, StaticCache):
+        raise ValueError(
+            f"a {type(given).__name__} cannot hold layers of different lengths; use the default dynamic cache with "
+            'DUET, or cache_implementation="static"'
+        )
 
 
 def masks_for_generate(

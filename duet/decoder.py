@@ -19,7 +19,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from duet import tracing
 from duet.budget import kept_tokens
-from duet.cache import CachedSegment, DuetCache
+from duet.cache import CachedSegment, DuetCache, check_prefill_cache
 from duet.config import DuetConfig
 from duet.queries import answers_from_labels, query_rows, surviving_rows
 from duet.stage2 import LANGUAGE_REDUCERS, Decision, LanguageReducer, Stage, keep_best
@@ -37,6 +37,7 @@ class DecoderOutput:
         attention_mask: [B, L'] bool, or None when nothing is padding.
         past_key_values: the cache to go on with; it replaces the one that was passed in.
         hidden_states: the input of every layer and the last output, if asked for; their lengths differ after drops.
+        origin: [B, L'] which of the given positions each one is, -1 for padding; None where all of them stayed.
     """
 
     last_hidden_state: Tensor
@@ -44,6 +45,7 @@ class DecoderOutput:
     attention_mask: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    origin: Tensor | None = None
 
 
 def run_decoder(
@@ -113,7 +115,8 @@ def run_decoder(
             visual_mask, additions, output_hidden_states, layer_kwargs,
         )  # fmt: skip
     assert config is not None
-    cache = _fresh_cache(decoder, past_key_values) if use_cache else None
+    check_prefill_cache(past_key_values)
+    cache = DuetCache(config=decoder.config) if use_cache else None
     state = _initial_state(inputs_embeds, attention_mask, _rotary_axes(position_ids), visual_mask, labels)
     answers = answers_from_labels(labels) if answer_mask is None else answer_mask
     state = replace(
@@ -134,7 +137,7 @@ def run_decoder(
         if isinstance(past_key_values, StaticCache):
             cache.make_static(past_key_values.layers[0].max_cache_len - cache.fed)  # type: ignore[attr-defined]
     hidden = decoder.norm(state.hidden)  # type: ignore[operator]
-    return DecoderOutput(hidden, state.labels, state.valid, cache, pass_.all_hidden(hidden))
+    return DecoderOutput(hidden, state.labels, state.valid, cache, pass_.all_hidden(hidden), pass_.origin(state))
 
 
 def reduces(config: DuetConfig | None) -> bool:
@@ -266,20 +269,6 @@ def without_trailing_padding(mask: Tensor | None, position_ids: Tensor | None) -
     return mask, position_ids
 
 
-def _fresh_cache(decoder: nn.Module, given: Cache | None) -> DuetCache:
-    """Return an empty cache for a reduced prefill; an empty one that ``generate`` made is replaced."""
-    if given is None or (type(given) in (DynamicCache, DuetCache, StaticCache) and given.get_seq_length() == 0):
-        return DuetCache(config=decoder.config)
-    if given.get_seq_length() > 0:
-        raise ValueError(
-            "the cache already holds positions of an unreduced pass; start a reduced prefill with an empty cache"
-        )
-    raise ValueError(
-        f"a {type(given).__name__} cannot hold layers of different lengths; use the default dynamic cache with DUET, "
-        'or cache_implementation="static"'
-    )
-
-
 def _initial_state(inputs_embeds, attention_mask, position_ids, visual_mask, labels) -> TokenState:
     batch, length, _ = inputs_embeds.shape
     device = inputs_embeds.device
@@ -354,12 +343,18 @@ class _ReducedPass:
         self._kwargs = layer_kwargs
         self._states: list[Tensor] | None = [] if want_hidden else None
         self._depth = len(decoder.layers)
-        self._multi_axis = False
+        self._multi_axis = self._dropped = False
         self._previous: Tensor = torch.empty(0)
 
     def all_hidden(self, last: Tensor) -> tuple[Tensor, ...] | None:
         """Return the input of every layer and the normed output, if asked for."""
         return None if self._states is None else (*self._states, last)
+
+    def origin(self, state: TokenState) -> Tensor | None:
+        """Return where the positions of the last state came from, [B, L'], -1 for padding; None if none was dropped."""
+        if not self._dropped:
+            return None
+        return state.origin if state.valid is None else state.origin.masked_fill(~state.valid, -1)
 
     def run(self, state: TokenState, known: Counts) -> TokenState:
         """Run all layers and return the state after the last one."""
@@ -410,6 +405,7 @@ class _ReducedPass:
 
     def _drop(self, state: TokenState, decision: Decision, lengths: list[int]) -> TokenState:
         """Gather the state down to what stays, ``lengths[b]`` positions of each sample."""
+        self._dropped = True
         tokens = torch.ones_like(state.visual) if state.valid is None else state.valid
         if decision.hidden is not None:
             state = replace(state, hidden=decision.hidden)

@@ -5,18 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from duet.attachment import base_model, handle
 
 if TYPE_CHECKING:
     from duet.stage1 import VisionReduction
     from duet.tokens import TokenState
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -113,6 +119,7 @@ class Trace:
         passes: per decoder pass (prefill or training forward), the counts of each segment of layers.
         tower_passes: images, tiles and frames that stage 1 got.
         whole_passes: those that it left as they were, because the budget holds all that they have.
+        model: the only model that is recorded; None records every one.
     """
 
     record_images: bool
@@ -120,6 +127,7 @@ class Trace:
     passes: list[list[LayerCount]] = field(default_factory=list)
     tower_passes: int = 0
     whole_passes: int = 0
+    model: object = None
     _claimed: int = 0
 
     def claim(self, visual_BL: Tensor) -> list[tuple[ImageRecord, int]]:
@@ -190,18 +198,24 @@ def _deal(images: list[ImageRecord], counts: list[int], placeholders: int) -> li
 
 
 _ACTIVE: ContextVar[tuple[Trace, ...]] = ContextVar("duet_trace", default=())
+_RUNNING: ContextVar[object] = ContextVar("duet_running", default=None)
 
 
 @contextmanager
-def trace(model: object = None, *, images: bool = True) -> Iterator[Trace]:
+def trace(model: nn.Module | None = None, *, images: bool = True) -> Iterator[Trace]:
     """Record what stage 1 and stage 2 do inside the block.
 
     Args:
-        model: accepted for readability; everything that runs in this thread is recorded.
+        model: record this model only (the model inside of a PEFT or another wrapper); None records everything that runs
+            in this thread.
         images: record the fate of every patch; False records counts only, which costs nothing on a GPU.
+
+    Raises:
+        ValueError: ``model`` is no model.
     """
-    del model
-    record = Trace(record_images=images)
+    if model is not None and not isinstance(model, nn.Module):
+        raise ValueError(f"trace(model) records one model, and {model!r} is none; trace() records all that run")
+    record = Trace(record_images=images, model=None if model is None else base_model(model))
     token = _ACTIVE.set((*_ACTIVE.get(), record))
     try:
         yield record
@@ -209,14 +223,36 @@ def trace(model: object = None, *, images: bool = True) -> Iterator[Trace]:
         _ACTIVE.reset(token)
 
 
+def recorded(method: Callable[..., T]) -> Callable[..., T]:
+    """Let traces of one model know whose work a method of it, or of a part that DUET changed, does."""
+
+    @wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> T:
+        if torch.compiler.is_compiling() or not _ACTIVE.get():
+            return method(self, *args, **kwargs)
+        attached = handle(self)
+        token = _RUNNING.set(self if attached is None else attached.model)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            _RUNNING.reset(token)
+
+    return run
+
+
+def _active() -> list[Trace]:
+    model = _RUNNING.get()
+    return [active for active in _ACTIVE.get() if active.model is None or active.model is model]
+
+
 def is_active() -> bool:
     """Return whether anything records; nothing does inside a compiled graph, which outlives the trace."""
-    return not torch.compiler.is_compiling() and bool(_ACTIVE.get())
+    return not torch.compiler.is_compiling() and bool(_active())
 
 
 def wants_images() -> bool:
     """Return whether anything records the fate of every patch."""
-    return any(active.record_images for active in _ACTIVE.get())
+    return any(active.record_images for active in _active())
 
 
 def record_vision(reduction: VisionReduction) -> None:
@@ -224,7 +260,7 @@ def record_vision(reduction: VisionReduction) -> None:
     from duet.stage1 import KIND_NAMES
 
     whole = reduction.is_whole
-    for active in _ACTIVE.get():
+    for active in _active():
         active.tower_passes += len(reduction.source) * reduction.passes
         active.whole_passes += len(reduction.source) * reduction.passes * int(whole)
         if not active.record_images:
@@ -244,13 +280,13 @@ def reorder_pictures(tokens: list[int], order: list[int]) -> None:
         tokens: how many each picture (one image, or the frames of a video) handed on, as they were recorded.
         order: the numbers of the pictures in the order of their places.
     """
-    for active in _ACTIVE.get():
+    for active in _active():
         active.reorder(tokens, order)
 
 
 def record_pass(segments: list[LayerCount]) -> None:
     """Add the counts of one decoder pass to every active trace."""
-    for active in _ACTIVE.get():
+    for active in _active():
         active.passes.append(segments)
 
 
@@ -261,7 +297,7 @@ def share_last_pass(rows: list[int], added: list[int]) -> None:
         rows: the row of each sample.
         added: tokens of each sample that run after what its row holds; none of them is visual.
     """
-    for active in _ACTIVE.get():
+    for active in _active():
         if not active.passes:
             continue
         active.passes[-1] = [
@@ -287,7 +323,7 @@ class DropRecorder:
     """
 
     def __init__(self, visual_BL: Tensor) -> None:
-        traces = [active for active in _ACTIVE.get() if active.record_images]
+        traces = [active for active in _active() if active.record_images]
         self._images = [image for active in traces for image in active.claim(visual_BL)]
         self._visual = visual_BL.cpu() if self._images else None
 

@@ -12,15 +12,17 @@ import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import modeling_outputs
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.utils.generic import ModelOutput
 
 CACHE_NAMES = ("cache", "past_key_values")
+_PICTURE_FIELDS = ("image_outputs", "video_outputs", "image_hidden_states", "video_hidden_states")
 
 
 def _field_names(kind: type) -> tuple[str, ...]:
@@ -99,6 +101,25 @@ def build_output(kind: type, cache: Any = None, pictures: Mapping[str, Tensor] |
         elif f"{name}_hidden_states" in names:
             values[f"{name}_hidden_states"] = tokens
     return kind(**{CACHE: cache}, **values)
+
+
+def pictures_of(output: Any) -> dict[str, Any]:
+    """Return the fields of an output that hold what pictures became."""
+    return {name: output[name] for name in _PICTURE_FIELDS if name in output}
+
+
+@lru_cache(maxsize=256)
+def declared_output(kind: type) -> type:
+    """Return the output class that a model class declares for its ``forward``.
+
+    Raises:
+        ValueError: it declares none.
+    """
+    declared = inspect.signature(kind.forward).return_annotation  # type: ignore[attr-defined]
+    for found in (declared, *get_args(declared)):
+        if isinstance(found, type) and issubclass(found, ModelOutput):
+            return found
+    raise ValueError(f"{kind.__name__}.forward does not declare which ModelOutput it returns")
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], function: str) -> None:

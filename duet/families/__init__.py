@@ -47,6 +47,10 @@ class Family(ABC):
     def facts(self, model: Any) -> ModelFacts:
         """Return the sizes that a configuration must fit."""
 
+    def parts(self, model: Any) -> list[tuple[nn.Module, type]]:
+        """Return the modules whose classes change while DUET is attached, each with what is put before its class."""
+        return [] if self.mixin is None else [(model, self.mixin)]
+
     def check(self, model: nn.Module) -> None:
         """Raise ValueError if this particular model cannot be reduced."""
         del model

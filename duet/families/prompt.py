@@ -36,6 +36,7 @@ class Prompt:
         additions: [B, L, D] each, what the outputs of the decoder's first layers get added; zero where nothing is.
         embed: ids to embeddings, while ``inputs_embeds`` holds ids.
         counts: how many tokens and visual tokens each sample has, where somebody has looked.
+        origin: [B, L] which position of the processor's prompt each one was, -1 for padding; None while all are there.
     """
 
     inputs_embeds: Tensor
@@ -48,6 +49,7 @@ class Prompt:
     additions: Sequence[Tensor] = ()
     embed: Callable[[Tensor], Tensor] | None = None
     counts: Counts | None = None
+    origin: Tensor | None = None
 
     def embedded(self) -> Prompt:
         """Return the prompt with embeddings."""
@@ -311,6 +313,7 @@ def _shrink(
         position_ids=positions,
         labels=labels,
         answer_mask=answers,
+        origin=index.masked_fill(~new_valid, -1),
     )
     return shrunk, [mark.gather(1, index) & new_valid for mark in kept]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from duet import tracing
 from duet.cache import DuetCache
 from duet.config import DuetConfig
+from duet.decoder import reduces
 from duet.families import ModelFacts
 from duet.families.prompt import Encoded, Pictures, Prompt
 from duet.families.qwen_tower import PackedFeatures, check_reducer, encode_pictures
@@ -78,7 +79,7 @@ class QwenFamily(HostFamily):
         if positions.dim() == 2:
             positions = positions.unsqueeze(0).expand(3, -1, -1)
         positions = positions.expand(-1, batch, -1)
-        if prompt.attention_mask is None and _reduces(model._duet.config):
+        if prompt.attention_mask is None and reduces(model._duet.config):
             _check_one_sample_per_row(positions)
         return replace(prompt, position_ids=positions, next_position=_next_position(positions, prompt.attention_mask))
 
@@ -149,10 +150,6 @@ def _sizes(pixels: Tensor, grid: Tensor, name: str, grid_name: str, merge: int) 
             "the processor made them"
         )
     return sizes
-
-
-def _reduces(config: DuetConfig) -> bool:
-    return config.stage1 != "none" or bool(config.schedule)
 
 
 def _check_one_sample_per_row(positions_ABL: Tensor) -> None:

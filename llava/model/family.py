@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from duet import DuetConfig
 from duet.families import FAMILIES, Family, ModelFacts
 from llava.model.llava_arch import LlavaMetaForCausalLM
 
@@ -32,6 +33,15 @@ class LlavaFamily(Family):
         """Return patches of a tower pass, depth and class token of a model."""
         unit = "tile" if getattr(model.config, "image_aspect_ratio", None) == "anyres" else "image"
         return ModelFacts(model.get_vision_tower().num_patches, model.config.num_hidden_layers, True, unit)
+
+    def check_config(self, model: Any, config: DuetConfig) -> None:
+        """Refuse what tiles cannot take; `duet.attach` and `set_reduction` both ask here."""
+        super().check_config(model, config)
+        if config.positions == "patch" and self.facts(model).unit == "tile":
+            raise ValueError(
+                "positions='patch' counts the patches of one picture, and image_aspect_ratio='anyres' cuts it into "
+                "tiles; take positions='auto'"
+            )
 
 
 for _model_type in ("llava_llama", "llava_mistral"):

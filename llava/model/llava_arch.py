@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from duet import DuetConfig
+import duet
+from duet import DuetConfig, tracing
+from duet.attach import check_config
 from duet.families.anyres import Layout
 from duet.question import Question, asked, is_read, read_question
 from llava.constants import (
@@ -138,7 +140,8 @@ class LlavaMetaForCausalLM(ABC):
         if stored is None:
             return None
         # Read once: every decoding step asks. With an attached model it goes with the handle when DUET is detached.
-        holder = vars(vars(self).get("_duet", self))
+        attached = duet.handle(self)  # type: ignore[arg-type]
+        holder = vars(self if attached is None else attached)
         read, parsed = holder.get("_parsed_reduction", (None, None))
         if read != stored:
             parsed = DuetConfig.from_model_config(self.config)
@@ -152,8 +155,13 @@ class LlavaMetaForCausalLM(ABC):
             config: The reduction, or None for none.
 
         Raises:
-            ValueError: It does not fit the tower or the decoder's depth.
+            ValueError: It does not fit the tower or the decoder's depth, or `duet.attach` is in force.
         """
+        if duet.handle(self) is not None:  # type: ignore[arg-type]
+            raise ValueError(
+                "duet.attach is in force on this model; call duet.detach(model) before set_reduction, or attach again "
+                "with the other configuration"
+            )
         vars(self).pop("_parsed_reduction", None)
         if config is None:
             if hasattr(self.config, "duet"):
@@ -171,19 +179,8 @@ class LlavaMetaForCausalLM(ABC):
         if config is None:
             return
         config = DuetConfig.require(config)
-        if config.across_frames is not None:
-            raise ValueError(
-                "across_frames merges the frames of a video, and this model reads every picture by itself; use "
-                "duet.attach on a Hugging Face model that takes videos, or leave it out"
-            )
-        if config.positions == "patch" and getattr(self.config, "image_aspect_ratio", None) == "anyres":
-            raise ValueError(
-                "positions='patch' counts the patches of one picture, and image_aspect_ratio='anyres' cuts it into "
-                "tiles; take positions='auto'"
-            )
-        tower = self.get_vision_tower()
-        if tower is not None:
-            config.validate(patches=tower.num_patches, num_layers=self.config.num_hidden_layers, class_token=True)
+        if self.get_vision_tower() is not None:
+            check_config(self, config)  # type: ignore[arg-type]
 
     def encode_images(
         self,
@@ -229,6 +226,7 @@ class LlavaMetaForCausalLM(ABC):
         parts = projected.split([one[..., 0].numel() for one in features])
         return [part.view(*one.shape[:-1], -1) for part, one in zip(parts, features, strict=True)]
 
+    @tracing.recorded
     def prepare_inputs_labels_for_multimodal(
         self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
     ):
@@ -331,7 +329,7 @@ class LlavaMetaForCausalLM(ABC):
         marks = input_ids == IMAGE_TOKEN_INDEX
         text = asked(attention_mask, marks, None if labels is None else labels != IGNORE_INDEX)
         embeds = self.get_model().get_input_embeddings()(input_ids.clamp(min=0).masked_fill(~text, 0))
-        handle = vars(self).get("_duet")
+        handle = duet.handle(self)  # type: ignore[arg-type]
         return read_question(input_ids, embeds, text, None if handle is None else handle.text_encoder)
 
     def _image_features(

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from duet import DuetConfig, attach, bench, trace
+from duet import DuetConfig, attach, bench, handle, trace
 from duet.bench_eager import MapReducer, eager_attached
 from duet.bench_run import Entry, configured
 
@@ -131,7 +131,7 @@ def test_maps_are_let_go():
     model = LLAVA.build(CPU, torch.float32, "sdpa")
     inputs = bench.Case("prefill", 1, 12, 0).inputs(model, LLAVA, CPU)
     with eager_attached(model, config), torch.inference_mode():
-        family = model._duet.family
+        family = handle(model).family
         model(**inputs)
         assert not family._reducer._maps
     assert reducer._layers == [1]

@@ -1,6 +1,11 @@
 """Attaching changes one instance and nothing else; detaching restores it exactly."""
 
 import copy
+import functools
+import importlib
+import io
+import pickle
+import types
 
 import pytest
 import small
@@ -10,6 +15,7 @@ from transformers import LlavaForConditionalGeneration
 import duet
 from duet import DuetConfig
 
+attach_module = importlib.import_module("duet.attach")
 CONFIG = DuetConfig(dominant=10, contextual=3, cluster_width=3, schedule={2: 0.5, 4: 0.0})
 NOOPS = [
     DuetConfig.none(),
@@ -159,3 +165,131 @@ def test_peft_models_reduce_their_base(model):
         out.loss.backward()
     grads = [p.grad for n, p in wrapped.named_parameters() if p.requires_grad and "lora_B" in n]
     assert grads and all(g is not None and g.isfinite().all() for g in grads)
+
+
+def wrapped_by_hand(model):
+    inner = model.forward
+    model.forward = types.MethodType(lambda self, *args, **kwargs: inner(*args, **kwargs), model)
+
+
+def compiled(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+def hooked(model):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    add_hook_to_module(model, ModelHook())
+    add_hook_to_module(model.model, ModelHook())
+
+
+def prepared(model):
+    """What accelerate's mixed precision does."""
+    function = model.forward.__func__
+    model._original_forward = model.forward
+
+    @functools.wraps(function)
+    def autocast(self, *args, **kwargs):
+        return function(self, *args, **kwargs)
+
+    model.forward = types.MethodType(autocast, model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrap", [wrapped_by_hand, compiled, hooked, prepared])
+def test_a_forward_that_is_wrapped_while_attached_runs_the_plain_model_afterwards(model, wrap):
+    inputs = small.mixed_batch("left")
+    plain = model(**inputs).logits
+    torch._dynamo.reset()
+    with duet.attach(model, CONFIG):
+        wanted = model(**inputs).logits
+        wrap(model)
+        with duet.trace() as seen:
+            model(**inputs)
+        assert [s.visual for s in seen.passes[0]][::2] == [[13, 0, 26], [0, 0, 0]]
+    assert torch.equal(model(**inputs).logits, plain)
+    with duet.attach(model, CONFIG):  # and again, with the wrapper on
+        out = model(**inputs)
+        kept = model.model(**inputs).kept_positions
+        for row, places in enumerate(kept):
+            real = places >= 0
+            mine = out.logits[row, places[real]] if out.logits.shape == plain.shape else out.logits[row, real]
+            assert torch.allclose(mine, wanted[row, real], atol=1e-5)
+
+
+@torch.no_grad()
+def test_hooks_may_come_off_while_attached_and_wrappers_after_it(model):
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    inputs = small.mixed_batch("left")
+    plain = model(**inputs).logits
+    add_hook_to_module(model, ModelHook())
+    with duet.attach(model, CONFIG):
+        remove_hook_from_module(model)
+        assert model(**inputs).logits.shape[1] < plain.shape[1]
+        before = model.forward
+        wrapped_by_hand(model)
+    model.forward = before
+    assert torch.equal(model(**inputs).logits, plain)
+    del model.forward
+    assert torch.equal(model(**inputs).logits, plain) and type(model) is LlavaForConditionalGeneration
+
+
+@torch.no_grad()
+def test_a_forward_that_was_replaced_before_is_reduced_on_the_whole_model_and_refused_inside(model):
+    inputs = small.mixed_batch("right")
+    nothing = (inputs["input_ids"] > 90) | ~inputs["attention_mask"].bool()
+    labels = inputs["input_ids"].masked_fill(nothing, -100)
+    wanted = duet.attach(model, CONFIG) and model(**inputs, labels=labels)
+    duet.detach(model)
+    wrapped_by_hand(model)
+    with duet.attach(model, CONFIG), duet.trace() as seen:
+        out = model(**inputs, labels=labels)
+    assert sum(seen.passes[0][0].visual) == 3 * 13
+    assert torch.allclose(out.loss, wanted.loss, atol=1e-5) and torch.allclose(out.logits, wanted.logits, atol=1e-5)
+    for inner in (model.model, model.model.language_model):
+        kept = inner.forward
+        wrapped_by_hand(inner)
+        with pytest.raises(ValueError, match=r"forward of this \w+ was replaced.*before duet\.attach"):
+            duet.attach(model, CONFIG)
+        inner.forward = kept  # the class's own, as wrappers leave it
+        with duet.attach(model, CONFIG):
+            assert sum(model.model(**inputs).kept_positions[0] >= 0) < inputs["input_ids"].shape[1]
+        assert vars(inner).pop("forward") == kept
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [pickled, saved, copy.deepcopy])
+def test_copies_are_reduced_and_can_be_detached_by_themselves(model, copied):
+    inputs = small.mixed_batch("left")
+    plain = small.build()(**inputs).logits  # another instance: transformers' own hooks of a first call have no pickle
+    duet.attach(model, CONFIG)
+    wanted = model(**inputs).logits
+    attach_module._reduced_class.cache_clear()  # as in a new process
+    twin = copied(model)
+    assert torch.equal(twin(**inputs).logits, wanted) and duet.handle(twin).model is twin
+    assert torch.equal(copied(model.model)(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+    duet.detach(twin)
+    assert type(twin) is LlavaForConditionalGeneration and torch.equal(twin(**inputs).logits, plain)
+    assert {type(module).__module__ for module in twin.modules()}.isdisjoint({"duet.families.reduced"})
+    assert torch.equal(model(**inputs).logits, wanted)
+
+
+@torch.no_grad()
+def test_the_handle_is_found_from_wrappers_and_parts(model):
+    assert duet.handle(model) is None
+    handle = duet.attach(torch.compile(model, backend="eager"), CONFIG)
+    found = (model, model.model, model.model.language_model, torch.compile(model), torch.nn.DataParallel(model))
+    assert all(duet.handle(one) is handle for one in found)
+    duet.detach(model.model)
+    assert duet.handle(model) is None and type(model) is LlavaForConditionalGeneration

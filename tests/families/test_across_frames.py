@@ -184,11 +184,11 @@ def test_a_still_video_is_its_first_frame(family):
         inputs["pixel_values_videos"] = pixels[: len(pixels) // 3].repeat(3, 1)
     config = DuetConfig(dominant=4, contextual=2, cluster_width=3, schedule={1: 0.5})
     with duet.attach(model, config), duet.trace() as record:
-        [video] = model._duet.family.pictures(model, inputs)
+        [video] = duet.handle(model).family.pictures(model, inputs)
         frames = video.encode(None).tokens.view(3, 6, -1)
     with duet.attach(model, replace(config, across_frames=6)), duet.trace() as merged:
         model(**inputs)
-        [video] = model._duet.family.pictures(model, inputs)
+        [video] = duet.handle(model).family.pictures(model, inputs)
         assert torch.allclose(video.encode(None).tokens, frames[0], atol=1e-5)
     image = merged.images[0]
     patches = record.images[0].grid[0] * record.images[0].grid[1]

@@ -12,7 +12,7 @@ from duet import DuetConfig
 from duet.families import FAMILIES
 from duet.families.prompt import Prompt
 from duet.families.qwen_tower import PackedFrames, reduce_pictures
-from duet.families.reduced import _read_pictures
+from duet.families.reading import read_pictures
 from duet.probe import peak_memory
 from duet.stage1 import VISION_REDUCERS
 
@@ -239,7 +239,7 @@ def test_kept_tokens_keep_their_rotary_positions(model, family, side):
     with duet.attach(model, DuetConfig(dominant=4, contextual=2, schedule={})):
         found = FAMILIES.get(family).pictures(model, pictures)
         kept = {p.kind: p.encode(None) for p in found}
-        prompt, _ = _read_pictures(model, Prompt(model.get_input_embeddings()(ids), mask), ids, pictures, None, None)
+        prompt, _ = read_pictures(model, Prompt(model.get_input_embeddings()(ids), mask), ids, pictures, None, None)
     keep = mask.bool() & (ids != qwen.IMAGE) & (ids != qwen.VIDEO)
     for entry in found:
         marks, start = ids == entry.token_id, 0
@@ -266,7 +266,7 @@ def test_deepstack_features_follow_the_tokens_that_are_left():
     with duet.attach(model, config):
         with duet.trace() as trace:
             mine = model(**single).logits
-        prompt, _ = _read_pictures(
+        prompt, _ = read_pictures(
             model, Prompt(model.get_input_embeddings()(single["input_ids"]), single["attention_mask"]),
             single["input_ids"], {n: v for n, v in single.items() if "ids" not in n or "mm" in n}, None, None,
         )  # fmt: skip

@@ -38,6 +38,7 @@ CLOSED = {
     "tests/readme": "the README's commands and examples",
     "tests/structure": "the house rules",
     "tests/tiny": "the tiny world",
+    "tests/trl_trainers": "TRL's trainers on an attached model (`make test-trl`)",
     "tests/train": "flags, trainer, resume, scripts",
 }
 DESCRIBED = {

@@ -71,6 +71,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         """Return the inner decoder."""
         return self.model
 
+    @tracing.recorded
     def forward(
         self,
         input_ids: Tensor | None = None,
