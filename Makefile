@@ -33,10 +33,10 @@ TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false OMP
 # MKL's reproducible mode: the same bits whatever the memory alignment, and on AMD processors faster for few rows.
 BENCH_ENV := MKL_CBWR=$(or $(MKL_CBWR),AUTO)
 
-.PHONY: help setup lock check format test test-sets test-gpu test-trl doctor demo bench clean
+.PHONY: help setup lock check format test test-nodes test-sets test-gpu test-trl doctor demo bench clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with both packages and tested versions of all that they need (repeat: nothing to do)
 
@@ -63,7 +63,10 @@ format: ## Apply the formatter and the safe lint fixes
 	$(PY) -m ruff check --fix .
 
 test: ## All tests that need no accelerator
-	$(TEST_ENV) $(PY) -m pytest -m "not gpu" $(TEST_ARGS)
+	$(TEST_ENV) $(PY) -m pytest -m "not gpu and not nodes" $(TEST_ARGS)
+
+test-nodes: ## Training on two emulated nodes: DeepSpeed and torchrun, srun and ssh, signals (four ranks at once; needs root)
+	$(TEST_ENV) $(PY) -m pytest -m "nodes and not gpu"
 
 test-sets: ## Contract, golden and generation tests on the lowest and newest declared versions; a look beyond
 	$(TEST_ENV) $(PY) scripts/lib/test_sets.py $(SETS) -- $(TEST_ARGS)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import signal
-from types import FrameType
 from typing import Any
 
 import torch
@@ -14,56 +11,15 @@ from transformers import TrainerCallback
 
 from llava.train.optim import frozen_digest, learning_rates
 from llava.train.run_log import RunLog
+from llava.train.stopping import EXIT_STOPPED as EXIT_STOPPED
+from llava.train.stopping import LAUNCHER_PID as LAUNCHER_PID
+from llava.train.stopping import StopSignal as StopSignal
 
 logger = logging.getLogger(__name__)
 
-EXIT_STOPPED = 143
-"""Exit code of a run that SIGTERM ended after it had saved a checkpoint (128 + 15)."""
-
-
-LAUNCHER_PID = "LLAVA_LAUNCHER_PID"
-"""Environment variable: the process that started this run and that a run must not outlive."""
-
-
-class StopSignal:
-    """Turns SIGTERM into a request that is honoured at the next step boundary.
-
-    Before training begins there is nothing to save, so the signal ends the process at once. The end of the process that
-    started the run counts as a request too: otherwise ranks would go on beside the next start of the same command.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.armed = False
-        self.launcher = int(os.environ.get(LAUNCHER_PID, "0"))
-
-    def launcher_is_gone(self) -> bool:
-        """True when the process that started the run has ended."""
-        return self.launcher > 0 and not os.path.exists(f"/proc/{self.launcher}") and os.path.exists("/proc/self")
-
-    def install(self) -> StopSignal:
-        """Take over SIGTERM in this process."""
-        signal.signal(signal.SIGTERM, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        if not self.armed:
-            raise SystemExit(EXIT_STOPPED)
-
-    def agreed(self, device: torch.device) -> bool:
-        """True on every rank when any rank was asked to stop."""
-        self.requested = self.requested or self.launcher_is_gone()
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-            return self.requested
-        flag = torch.tensor([float(self.requested)], device=device)
-        distributed.all_reduce(flag)
-        return bool(flag.item() > 0)
-
 
 class StopCallback(TrainerCallback):
-    """Saves and stops at the step boundary after SIGTERM."""
+    """Saves and stops at the step boundary after a stop signal."""
 
     def __init__(self, trainer: Any, stop: StopSignal) -> None:
         self.trainer = trainer

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from duet import DuetConfig
-from llava.train import runtime
-from llava.train.hf_recipes import JOBS, HfRecipe
+from llava.train.choices import is_cached, precision
+from llava.train.hf_recipes import JOBS, THIRTEEN_B, HfRecipe
 from llava.train.plan import (
     REDUCTION_FLAGS,
     Devices,
@@ -19,13 +19,13 @@ from llava.train.plan import (
     Stage,
     find_devices,
     finish_stage,
-    is_cached,
     missing_packages,
+    missing_programs,
     parse_overrides,
     read_reduction,
     without_resuming,
 )
-from llava.train.plan_text import missing_lines
+from llava.train.plan_text import batch_line, missing_lines
 from llava.train.recipes import Job
 from llava.train.records import load_records, videos_of
 
@@ -95,8 +95,7 @@ class HfPlan(Plan):
             f"  learns     {flags.get('mm_tunable_parts') or f'{learns} and projector'}; "
             f"{flags.get('deepspeed', 'no DeepSpeed')}; {precision}; lr {flags['learning_rate']}",
             f"  data       {flags['data_path']} ({stage.records:,} records), images {flags['image_folder']}",
-            f"  steps      global batch {stage.global_batch} = {stage.world} ranks x {stage.per_device} records x "
-            f"{stage.accumulation} passes; {stage.steps:,} optimizer steps -> {stage.output}",
+            f"  steps      {batch_line(stage)}",
         ]
         lines += [f"  first      {title}" for title, _ in self.before()]
         lines += [f"  then       {title}" for title, _ in self.after()]
@@ -131,10 +130,7 @@ def resolve_hf(
     """
     devices = find_devices(env, accelerators)
     name = env.get("RECIPE") or ("" if devices.accelerator else "tiny")
-    large, small = JOBS[job_name]
-    recipe = small if name == "tiny" else large
-    if name and name not in (small.name, large.name, "tiny", "7b"):
-        raise ValueError(f"RECIPE={name}: expected {large.name} or {small.name}")
+    recipe = choose_recipe(job_name, name)
     flags = parse_overrides(overrides)
     model = flags.get("model_name_or_path") or env.get("BASE_MODEL") or recipe.model
     model_type, missing = find_model(model, recipe)
@@ -154,6 +150,22 @@ def resolve_hf(
     plan.stages = [resolve_stage(recipe, devices, model, env, shared, flags)]
     plan.missing = missing + find_missing(plan, shared)
     return plan
+
+
+def choose_recipe(job_name: str, name: str) -> HfRecipe:
+    """The recipe of a job that RECIPE names; an empty name means the one where there is an accelerator.
+
+    Raises:
+        ValueError: the job has no such recipe.
+    """
+    large, small = JOBS[job_name]
+    known = {"tiny": small, small.name: small, "": large, "7b": large, large.name: large}
+    if job_name in THIRTEEN_B:
+        known |= {"13b": THIRTEEN_B[job_name]}
+    if name not in known:
+        larger = " or 13b" if job_name in THIRTEEN_B else ""
+        raise ValueError(f"RECIPE={name}: expected {large.name}{larger} or {small.name}")
+    return known[name]
 
 
 def find_model(model: str, recipe: HfRecipe) -> tuple[str | None, list[Missing]]:
@@ -218,14 +230,13 @@ def resolve_stage(
         "model_name_or_path": model,
         "data_path": env.get("FINETUNE_DATA") or stage.data,
         "image_folder": env.get("FINETUNE_IMAGES") or stage.images,
-        "output_dir": output_folder(recipe, shared, overrides, env),
+        "output_dir": output_folder(recipe, model, shared, overrides, env),
         **stage.flags,
         **(recipe.lora if lora(overrides) else {}),
         "seed": env.get("SEED") or 42,
         "report_to": env.get("REPORT_TO") or "none",
     }
-    if "fp16" not in overrides:
-        flags["bf16"] = devices.accelerator or runtime.cpu_bf16_pays()
+    flags |= precision(env, overrides, devices.accelerator, [Path(str(flags["output_dir"]))])
     chosen = env.get("DEEPSPEED_CONFIG")
     if chosen != "none" and (chosen or devices.launcher != "python"):
         flags["deepspeed"] = chosen or f"scripts/zero{stage.zero}.json"
@@ -233,10 +244,12 @@ def resolve_stage(
 
 
 def output_folder(
-    recipe: HfRecipe, shared: Mapping[str, Any], flags: Mapping[str, str], env: Mapping[str, str]
+    recipe: HfRecipe, model: str, shared: Mapping[str, Any], flags: Mapping[str, str], env: Mapping[str, str]
 ) -> Path:
-    """Folder of a run: prefix, whether tokens are reduced and to which budget, how it is trained."""
-    parts = [env.get("OUTPUT_ROOT") or recipe.output]
+    """Folder of a run: prefix, the model if not the recipe's, whether tokens are reduced and how far, what learns."""
+    name = Path(model).name
+    own = recipe.output if name == Path(recipe.model).name else f"{recipe.output}-{name}"
+    parts = [env.get("OUTPUT_ROOT") or own]
     tokens = flags.get("duet_tokens") or env.get("DUET_TOKENS") or ""
     if str(shared.get("duet_tokens")) != "0":
         parts.append("duet" if tokens == str(recipe.tokens) else f"duet{tokens}")
@@ -261,7 +274,7 @@ def find_missing(plan: HfPlan, reduction: Mapping[str, Any]) -> list[Missing]:
         missing.append(Missing("budget", f"{why}: {remedy}"))
     if any(str(name).endswith((".mp4", ".avi", ".webm", ".mkv", ".mov")) for name in sample_videos(flags)):
         missing += [] if has("av") else [Missing("package av", "videos other than GIFs: pip install -e '.[video]'")]
-    return missing + missing_packages(plan) + without_resuming(plan)
+    return missing + missing_packages(plan) + missing_programs(plan) + without_resuming(plan)
 
 
 def has(package: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llava.train.recipes import SCHEDULE, StageRecipe
@@ -130,3 +130,8 @@ TINY_VIDEO = HfRecipe(
 
 JOBS = {"finetune_duet_hf": (HF, HF), "finetune_duet_video": (VIDEO, TINY_VIDEO)}
 """By job: the recipe where there is an accelerator, and the one elsewhere."""
+
+THIRTEEN_B = {
+    "finetune_duet_hf": replace(HF, name="hf-13b", model="llava-hf/llava-1.5-13b-hf", output="checkpoints/hf-13b")
+}
+"""By job: the recipe that RECIPE=13b names."""

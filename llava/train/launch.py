@@ -1,155 +1,53 @@
-"""Carries out a plan: data, training stages through a launcher, evaluation; and passes signals on."""
+"""Carries out a plan: data, training stages through a launcher, evaluation."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
-import shlex
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llava.train import runtime
-from llava.train.callbacks import EXIT_STOPPED, LAUNCHER_PID
+from llava.train import node, runtime
 from llava.train.checkpoints import RUN_MARKER, checkpoints, defect_of, names_files, write_json_atomically
+from llava.train.choices import PLAN_FILE
 from llava.train.folder_lock import in_use
 from llava.train.hf_plan import HfPlan
 from llava.train.run_folder import HARMLESS
+from llava.train.runner import LauncherStep, Runner, SlurmStep, SshStep, node_command
+from llava.train.runner import environment as environment
+from llava.train.stopping import EXIT_STOPPED
 
 if TYPE_CHECKING:
-    from llava.train.plan import Devices, Plan, Stage
+    from llava.train.devices import Devices
+    from llava.train.plan import Plan, Stage
 
 logger = logging.getLogger(__name__)
 
-PLAN_FILE = "plan.json"
 HELDOUT = Path("playground/tiny/data/heldout.json")
 DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps", "ranks")
 """How the global batch is divided; it may change between two starts, the batch may not."""
 
 
-def training_command(devices: Devices, arguments: list[str], port: int, module: str = "llava.train.train") -> list[str]:
-    """The command that starts a training module on every rank.
+def training_command(
+    devices: Devices,
+    arguments: list[str],
+    port: int,
+    module: str = "llava.train.train",
+    address: str = "127.0.0.1",
+) -> list[str]:
+    """The command that starts a training module on every rank: of this machine, or of the nodes of a SLURM job.
 
     Args:
         devices: ranks, nodes and launcher.
         arguments: training flags.
         port: where the ranks meet.
         module: what trains.
+        address: of the first node.
     """
-    ranks = str(devices.per_node)
-    if devices.launcher == "deepspeed":
-        # The launcher refuses a number of devices next to a hostfile that lists them.
-        where = ["--hostfile", devices.hostfile] if devices.hostfile else ["--num_accelerators", ranks]
-        quiet = ["--log_level", "warning", "--no_local_rank"]
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(port), *quiet]
-        return [*command, "--module", module, *arguments]
-    if devices.launcher == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks]
-        if devices.nodes == 1:
-            return [*command, "--master_port", str(port), "-m", module, *arguments]
-        head = slurm_head()
-        command += ["--nnodes", str(devices.nodes), "--rdzv_id", os.environ.get("SLURM_JOB_ID", "llava")]
-        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{head}:{port}", "-m", module, *arguments]
-        return ["srun", "--nodes", str(devices.nodes), "--ntasks-per-node", "1", *command]
-    return [sys.executable, "-m", module, *arguments]
-
-
-def slurm_head() -> str:
-    """Name of the first node of a SLURM job.
-
-    Raises:
-        ValueError: this is not a SLURM job, or scontrol does not answer.
-    """
-    nodes = os.environ.get("SLURM_JOB_NODELIST")
-    if not nodes:
-        raise ValueError("several nodes through torchrun need a SLURM job; otherwise give HOSTFILE")
-    try:
-        result = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as err:
-        raise ValueError(f"scontrol could not list the nodes of this job ({err}); give HOSTFILE instead") from err
-    return result.stdout.split()[0]
-
-
-def environment(devices: Devices) -> dict[str, str]:
-    """Environment of the steps: this checkout on the path, sensible threads, and who started them."""
-    env = dict(os.environ)
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path.cwd()), env.get("PYTHONPATH")]))
-    env[LAUNCHER_PID] = str(os.getpid())
-    env.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # DeepSpeed calls collectives by names that newer torch versions warn about, once for every call site and rank.
-    env.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:torch.distributed.c10d_logger")
-    if not devices.accelerator:
-        env.setdefault("DS_ACCELERATOR", "cpu")
-        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices.per_node)))
-    return env
-
-
-def own_ranks() -> Iterator[Any]:
-    """The training ranks that this process started, found by the mark in their environment."""
-    import psutil
-
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            env = process.environ()
-            if env.get(LAUNCHER_PID) == str(os.getpid()) and "LOCAL_RANK" in env:
-                yield process
-
-
-class Runner:
-    """Runs the steps of a plan one after the other.
-
-    On SIGTERM the training ranks themselves get the signal, so that they have as long as they need to save; the
-    launchers of DeepSpeed and torch would kill them after 30 seconds.
-    """
-
-    def __init__(self, devices: Devices) -> None:
-        self.devices = devices
-        self.child: subprocess.Popen | None = None
-        self.stopping = False
-
-    def __enter__(self) -> Runner:
-        self.previous = signal.signal(signal.SIGTERM, self._forward)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.previous)
-
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        self.stopping = True
-        ranks = list(own_ranks())
-        for rank in ranks:
-            rank.send_signal(signal.SIGTERM)
-        if not ranks and self.child is not None:
-            self.child.terminate()
-
-    def run(self, title: str, command: list[str]) -> int:
-        """Run one step and wait for it.
-
-        Returns:
-            Its exit code; 143 when SIGTERM ended it.
-        """
-        sys.stdout.write(f"\n=== {title}\n{shlex.join(command)}\n")
-        sys.stdout.flush()
-        begin = time.time()
-        self.child = subprocess.Popen(command, env=environment(self.devices))
-        code = self.child.wait()
-        self.child = None
-        for rank in own_ranks():
-            rank.kill()  # a launcher that was killed leaves its ranks behind
-        if self.stopping and code != 0:
-            code = EXIT_STOPPED
-        sys.stdout.write(
-            f"=== {title}: {'done' if code == 0 else f'exit code {code}'} in {time.time() - begin:.0f} s\n"
-        )
-        sys.stdout.flush()
-        return code
+    if devices.elsewhere:
+        return node.srun_command(devices, arguments, port, module, address)
+    return node_command(devices, arguments, port, module)
 
 
 def comparable(stage: Stage) -> dict[str, str]:
@@ -206,9 +104,30 @@ def run_stage(plan: Plan, stage: Stage, runner: Runner) -> int:
         return 0
     stage.output.mkdir(parents=True, exist_ok=True)
     write_json_atomically(stage.output / PLAN_FILE, comparable(stage))
-    port = int(os.environ.get("MASTER_PORT") or runtime.free_port())
     try:
-        return runner.run(kind, training_command(plan.devices, stage.arguments(), port, plan.job.module))
+        return train_stage(plan, stage, runner)
+    except ValueError as err:
+        sys.stderr.write(f"error: {err}\n")
+        return 2
+
+
+def train_stage(plan: Plan, stage: Stage, runner: Runner) -> int:
+    """Start a stage's ranks on this machine, or on several nodes, and wait for them.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError: the nodes cannot be found out or reached, or the port is taken.
+    """
+    devices, kind, module = plan.devices, stage.recipe.kind, plan.job.module
+    address = node.head_address(devices) if devices.elsewhere else "127.0.0.1"
+    port, flags = node.meeting_port(address), stage.arguments()
+    try:
+        if devices.hosts:
+            return runner.run_together(kind, node.ssh_commands(devices, flags, port, module, address), SshStep)
+        command = training_command(devices, flags, port, module, address)
+        return runner.run(kind, command, SlurmStep if devices.elsewhere else LauncherStep)
     finally:
         runtime.remove_shared_buffers(port)
 
@@ -269,7 +188,8 @@ def execute(plan: Plan) -> int:
     """Carry out a plan that lacks nothing.
 
     Returns:
-        The exit code of the first step that failed; 0 when all went well, 143 when SIGTERM stopped it after saving.
+        The exit code of the first step that failed; 0 when all went well, 143 when a signal stopped it and the
+        same command goes on.
     """
     with Runner(plan.devices) as runner:
         code = prepare(plan, runner)
@@ -279,5 +199,5 @@ def execute(plan: Plan) -> int:
         if code == 0:
             code = follow_up(plan, runner)
     if code == EXIT_STOPPED:
-        sys.stderr.write("stopped by SIGTERM; the same command resumes\n")
+        sys.stderr.write("stopped by a signal; the same command resumes\n")
     return code

@@ -33,6 +33,7 @@ from llava.train.sampler import (
     get_modality_length_grouped_indices,
     split_to_even_chunks,
 )
+from llava.train.stopping import shield_workers
 
 __all__ = [
     "LLaVATrainer",
@@ -120,6 +121,10 @@ class LLaVATrainer(Trainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             pool=getattr(self.args, "length_pool", 1),
         )
+
+    def get_train_dataloader(self) -> Any:
+        """The loader of the training data; stop signals do not end the processes that it starts."""
+        return shield_workers(super().get_train_dataloader())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer with separate rates for the projector and an unfrozen tower."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +21,13 @@ from duet.presets import PRESETS
 from llava.reduction import ReductionArguments, preset_for
 from llava.train import runtime
 from llava.train.argv import split_flags
+from llava.train.choices import base_layers, divide_batch, is_cached, precision
+from llava.train.devices import Devices, find_devices
 from llava.train.recipes import COMMON, JOBS, RECIPES, Job, Recipe, StageRecipe
 from llava.train.records import load_records
 
 ENVIRONMENT = {
-    "RECIPE": "tiny or 7b (default: tiny without an accelerator, 7b with one)",
+    "RECIPE": "tiny, 7b or 13b (default: tiny without an accelerator; with one 7b, or 13b where BASE_MODEL is one)",
     "BASE_MODEL": "base language model, folder or hub name",
     "VISION_TOWER": "vision tower, folder or hub name",
     "PRETRAIN_DATA": "stage 1: annotation file",
@@ -35,16 +38,22 @@ ENVIRONMENT = {
     "PROJECTOR": "stage 2: projector to start from (default: stage 1 of the same script)",
     "DUET_TOKENS": "average visual tokens of the duet scripts: 192, 128 or 64 (default 192)",
     "NUM_DEVICES": "ranks per node (default: all accelerators; 2 on a CPU)",
-    "HOSTFILE": "deepspeed hostfile for several nodes",
+    "HOSTFILE": "several nodes through ssh: a line such as `node1 slots=8` for each",
     "LAUNCHER": "deepspeed, torchrun or python (default: deepspeed; torchrun in a SLURM job of several nodes)",
     "DEEPSPEED_CONFIG": "DeepSpeed JSON for both stages, or none",
-    "MASTER_PORT": "TCP port of the ranks' meeting point",
+    "MASTER_ADDR": "several nodes: where the ranks meet (default: the first node)",
+    "MASTER_PORT": "TCP port of the ranks' meeting point (default: a free one)",
     "PER_DEVICE_BATCH": "records per device and pass, at most",
+    "PRETRAIN_BATCH": "stage 1: records per optimizer step; `nearest`: what the ranks can do nearest to the recipe's",
+    "FINETUNE_BATCH": "stage 2: the same",
+    "PRECISION": "bf16, fp16 or fp32, for both stages (default: bf16; on a CPU only where it multiplies bf16 itself)",
     "SEED": "seed of everything random (default 42)",
     "REPORT_TO": "wandb or none (default none; the JSONL log is always written)",
     "DUET_PYTHON": "Python interpreter to use instead of making .venv",
 }
 REDUCTION_FLAGS = frozenset(ReductionArguments.__dataclass_fields__) | {"dominant_num", "context_num", "contextual_num"}
+BOTH_STAGES = REDUCTION_FLAGS | {"bf16", "fp16", "model_name_or_path", "vision_tower"}
+"""Flags that hold for both stages."""
 COUNTABLE_BYTES = 200_000_000
 
 
@@ -89,23 +98,6 @@ class Stage:
 
 
 @dataclass
-class Devices:
-    """What the run is spread over."""
-
-    name: str
-    accelerator: bool
-    per_node: int
-    nodes: int
-    launcher: str
-    hostfile: str | None = None
-
-    @property
-    def world(self) -> int:
-        """Number of ranks."""
-        return self.per_node * self.nodes
-
-
-@dataclass
 class Plan:
     """Everything that one script does."""
 
@@ -132,65 +124,6 @@ class Plan:
         from llava.train.plan_text import describe
 
         return describe(self)
-
-
-def find_devices(env: Mapping[str, str], accelerators: int | None = None) -> Devices:
-    """Find out what the run can use.
-
-    Args:
-        env: environment variables (`NUM_DEVICES`, `HOSTFILE`, `LAUNCHER`, SLURM's own).
-        accelerators: how many devices to assume; default: what torch sees.
-
-    Raises:
-        ValueError: a variable has a value that cannot be used.
-    """
-    seen = accelerators
-    if seen is None:
-        import torch
-
-        seen = torch.cuda.device_count() if runtime.has_accelerator() else 0
-    per_node = int(env.get("NUM_DEVICES") or (seen or min(2, os.cpu_count() or 1)))
-    if per_node < 1:
-        raise ValueError(f"NUM_DEVICES={per_node}: expected at least 1")
-    hostfile = env.get("HOSTFILE") or None
-    slurm_nodes = int(env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES") or 1)
-    nodes = count_hosts(hostfile) if hostfile else slurm_nodes
-    launcher = env.get("LAUNCHER") or ("torchrun" if slurm_nodes > 1 and not hostfile else "deepspeed")
-    if launcher not in ("deepspeed", "torchrun", "python"):
-        raise ValueError(f"LAUNCHER={launcher}: expected deepspeed, torchrun or python")
-    if launcher == "python":
-        per_node = nodes = 1
-    name = runtime.accelerator_name() if accelerators is None else f"{accelerators} accelerators"
-    return Devices(name, seen > 0, per_node, nodes, launcher, hostfile)
-
-
-def count_hosts(hostfile: str) -> int:
-    """Number of hosts in a deepspeed hostfile.
-
-    Raises:
-        ValueError: the file is missing or lists no host.
-    """
-    path = Path(hostfile)
-    if not path.is_file():
-        raise ValueError(
-            f"HOSTFILE={hostfile}: there is no such file; it has one line per node, such as `node1 slots=8`"
-        )
-    hosts = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    if not hosts:
-        raise ValueError(f"HOSTFILE={hostfile}: it lists no host; write one line per node, such as `node1 slots=8`")
-    return len(hosts)
-
-
-def split_batch(global_batch: int, per_device: int, world: int) -> tuple[int, int]:
-    """Divide a global batch over ranks.
-
-    Returns:
-        Records per device and pass (at most `per_device`), and accumulation steps; their product with `world` is the
-        global batch where that is possible, otherwise the next larger multiple of `world`.
-    """
-    share = max(1, -(-global_batch // world))
-    fitting = next(size for size in range(min(per_device, share), 0, -1) if share % size == 0)
-    return fitting, share // fitting
 
 
 def count_records(path: Path, expected: int) -> int:
@@ -241,20 +174,19 @@ def resolve(
     if job_name not in JOBS:
         raise ValueError(f"unknown job {job_name!r}: expected one of {', '.join([*JOBS, *hf_recipes.JOBS])}")
     job, devices = JOBS[job_name], find_devices(env, accelerators)
-    name = env.get("RECIPE") or ("7b" if devices.accelerator else "tiny")
-    if name not in RECIPES:
-        raise ValueError(f"RECIPE={name}: expected one of {', '.join(RECIPES)}")
-    recipe, flags = RECIPES[name], parse_overrides(overrides)
-    shared = {key: value for key, value in flags.items() if key in REDUCTION_FLAGS}
-    own = {key: value for key, value in flags.items() if key not in REDUCTION_FLAGS}
+    flags = parse_overrides(overrides)
+    recipe = choose_recipe(env, devices.accelerator, flags.get("model_name_or_path") or env.get("BASE_MODEL"))
+    reducing = {key: value for key, value in flags.items() if key in REDUCTION_FLAGS}
     preset = preset_for(SimpleNamespace(image_aspect_ratio=flags.get("image_aspect_ratio")))
-    if job.reduced and not shared:
-        shared = {"duet_tokens": env.get("DUET_TOKENS") or str(max(PRESETS[preset]))}
-    reduction = read_reduction(shared, preset)
-    plan = Plan(job, recipe, devices, [], reduction, tokens=shared.get("duet_tokens"))
+    if job.reduced and not reducing:
+        reducing = {"duet_tokens": env.get("DUET_TOKENS") or str(max(PRESETS[preset]))}
+    shared = {key: value for key, value in flags.items() if key in BOTH_STAGES} | reducing
+    plan = Plan(job, recipe, devices, [], read_reduction(reducing, preset), tokens=reducing.get("duet_tokens"))
+    folders = [output_folder(plan, kind, env) for kind in job.stages]
+    if job.bits == 16 or devices.accelerator or env.get("PRECISION"):
+        shared = precision(env, shared, devices.accelerator, folders) | shared
     for kind in job.stages:
-        last = kind == job.last
-        stage = resolve_stage(plan, getattr(recipe, kind), env, shared | (own if last else {}))
+        stage = resolve_stage(plan, getattr(recipe, kind), env, shared | (flags if kind == job.last else {}))
         if kind == "finetune":
             start_from_projector(plan, stage, env)
         plan.stages.append(stage)
@@ -262,6 +194,28 @@ def resolve(
         plan.stages.pop(0)
     plan.missing = find_missing(plan)
     return plan
+
+
+def choose_recipe(env: Mapping[str, str], accelerator: bool, base: str | None) -> Recipe:
+    """The recipe that RECIPE names, or the one that suits the devices and the size of the base model.
+
+    A base of another depth than the recipe's own is planned as deep as it is, and gets folders of its own.
+
+    Raises:
+        ValueError: an unknown recipe, or one for a base of another size.
+    """
+    layers = base_layers(base) if base else None
+    fitting = next((recipe.name for recipe in RECIPES.values() if recipe.layers == layers), None)
+    usual = "13b" if fitting == "13b" else "7b"
+    name = env.get("RECIPE") or (usual if accelerator else "tiny")
+    if name not in RECIPES:
+        raise ValueError(f"RECIPE={name}: expected one of {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    if layers in (None, recipe.layers):
+        return recipe
+    if name != "tiny" and fitting not in (None, "tiny"):
+        raise ValueError(f"RECIPE={name}, but {base} has {layers} layers and not {recipe.layers}: use RECIPE={fitting}")
+    return replace(recipe, layers=layers, output=f"{recipe.output}-{Path(str(base)).name}")
 
 
 def read_reduction(flags: Mapping[str, str], preset: str = "llava-1.5-7b") -> DuetConfig | None:
@@ -300,8 +254,6 @@ def resolve_stage(plan: Plan, recipe: StageRecipe, env: Mapping[str, str], overr
         "seed": env.get("SEED") or 42,
         "report_to": env.get("REPORT_TO") or "none",
     }
-    if (job.bits == 16 or devices.accelerator) and "fp16" not in overrides:
-        flags["bf16"] = devices.accelerator or runtime.cpu_bf16_pays()
     if devices.accelerator:
         flags["tf32"] = runtime.may_have_tf32()
     if job.lora and recipe.kind == "finetune":
@@ -316,11 +268,7 @@ def finish_stage(
     recipe: StageRecipe, flags: dict[str, Any], world: int, env: Mapping[str, str], overrides: Mapping[str, Any]
 ) -> Stage:
     """Divide the global batch among the ranks, and let what the user gave win."""
-    size = int(overrides.get("per_device_train_batch_size") or env.get("PER_DEVICE_BATCH") or recipe.per_device)
-    if "gradient_accumulation_steps" in overrides:
-        per_device, accumulation = size, int(overrides["gradient_accumulation_steps"])
-    else:
-        per_device, accumulation = split_batch(recipe.global_batch, size, world)
+    per_device, accumulation = divide_batch(recipe, world, env, overrides)
     divided = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
     flags = flags | divided | dict(overrides)
     records = count_records(Path(str(flags["data_path"])), recipe.records)
@@ -341,13 +289,6 @@ def start_from_projector(plan: Plan, stage: Stage, env: Mapping[str, str]) -> No
     if "pretrain_mm_mlp_adapter" not in stage.flags:
         first = plan.stages[0].output
         stage.flags["pretrain_mm_mlp_adapter"] = env.get("PROJECTOR") or first / "mm_projector.bin"
-
-
-def is_cached(name: str) -> bool:
-    """True when a hub model is already on this machine."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def find_missing(plan: Plan) -> list[Missing]:
@@ -375,7 +316,7 @@ def find_missing(plan: Plan) -> list[Missing]:
         made_here = any(Path(str(adapter)).parent == other.output for other in plan.stages)
         if adapter and not made_here and not Path(str(adapter)).exists():
             missing.append(Missing(f"projector {adapter}", "run the pretrain script first, or set PROJECTOR"))
-    return missing + missing_packages(plan) + without_resuming(plan)
+    return missing + missing_packages(plan) + missing_programs(plan) + without_resuming(plan)
 
 
 def without_resuming(plan: Plan) -> list[Missing]:
@@ -398,6 +339,16 @@ def missing_packages(plan: Plan) -> list[Missing]:
         needed |= {"skimage", "sklearn"}
     absent = sorted(name for name in needed if importlib.util.find_spec(name) is None)
     return [Missing(f"package {name}", "pip install -e '.[train,demo]'") for name in absent]
+
+
+def missing_programs(plan: Plan) -> list[Missing]:
+    """What starts the other nodes' ranks, where it is not on the path."""
+    devices = plan.devices
+    if not devices.elsewhere:
+        return []
+    needed = ("ssh",) if devices.hosts else ("srun", "scontrol")
+    why = "HOSTFILE's nodes are reached by it" if devices.hosts else "SLURM's nodes are reached by it"
+    return [Missing(f"program {name}", why) for name in needed if shutil.which(name) is None]
 
 
 @main_guard(statuses={ValueError: 2})

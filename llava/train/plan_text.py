@@ -30,6 +30,15 @@ def budget_line(reduction: DuetConfig | None, recipe: Recipe) -> str:
     )
 
 
+def batch_line(stage: Stage) -> str:
+    """The global batch and what it consists of; the recipe's, where it is another one."""
+    other = "" if stage.global_batch == stage.recipe.global_batch else f" (the recipe's is {stage.recipe.global_batch})"
+    return (
+        f"global batch {stage.global_batch}{other} = {stage.world} ranks x {stage.per_device} records x "
+        f"{stage.accumulation} passes; {stage.steps:,} optimizer steps -> {stage.output}"
+    )
+
+
 def stage_lines(number: int, stage: Stage) -> list[str]:
     """One stage in three lines."""
     flags = stage.flags
@@ -47,8 +56,7 @@ def stage_lines(number: int, stage: Stage) -> list[str]:
     return [
         f"  stage {number}    {stage.recipe.kind}: {learns}; template {flags['version']}; {zero}; {precision}; {rates}",
         f"             data {flags['data_path']} ({stage.records:,} records), images {flags['image_folder']}",
-        f"             global batch {stage.global_batch} = {stage.world} ranks x {stage.per_device} records x "
-        f"{stage.accumulation} passes; {stage.steps:,} optimizer steps -> {stage.output}",
+        f"             {batch_line(stage)}",
     ]
 
 

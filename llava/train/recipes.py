@@ -1,8 +1,8 @@
-"""The numbers of the training recipes: the paper's 7B one, and the tiny one that runs on a laptop."""
+"""The numbers of the training recipes: the paper's 7B one, LLaVA's 13B one, and the tiny one that runs on a laptop."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -36,7 +36,7 @@ class Recipe:
     """A pair of stages on one pair of backbones.
 
     Attributes:
-        name: `tiny` or `7b`.
+        name: `tiny`, `7b` or `13b`.
         model: base language model.
         tower: vision tower.
         output: prefix of the output folders.
@@ -125,6 +125,9 @@ SEVEN_B = Recipe(
     lora={"lora_enable": True, "lora_r": 128, "lora_alpha": 256, "mm_projector_lr": 2e-5},
 )
 
+# Source: LLaVA-1.5's published scripts, whose numbers are the same for both sizes.
+THIRTEEN_B = replace(SEVEN_B, name="13b", model="lmsys/vicuna-13b-v1.5", output="checkpoints/llava-v1.5-13b", layers=40)
+
 TINY = Recipe(
     name="tiny",
     model="playground/tiny/weights/llm",
@@ -175,7 +178,7 @@ TINY = Recipe(
     lora={"lora_enable": True, "lora_r": 16, "lora_alpha": 32, "mm_projector_lr": 3e-4},
 )
 
-RECIPES = {recipe.name: recipe for recipe in (TINY, SEVEN_B)}
+RECIPES = {recipe.name: recipe for recipe in (TINY, SEVEN_B, THIRTEEN_B)}
 
 
 @dataclass(frozen=True)

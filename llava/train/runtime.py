@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +32,22 @@ def accelerator_name() -> str:
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)} ({kind})"
 
 
-def cpu_bf16_pays() -> bool:
-    """True when this CPU multiplies bf16 matrices faster than fp32 ones.
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """True when this CPU multiplies bf16 by instructions of its own, which is faster than fp32.
 
-    It is asked by timing small products for a moment; a CPU that emulates bf16 is many times slower.
+    A fact of the hardware, never a measurement: a run must get the same answer at every start. Other CPUs emulate bf16
+    and are many times slower.
+
+    Args:
+        cpuinfo: where Linux lists the CPU's features; elsewhere the answer is no.
+
+    Source: Linux's names of x86's AVX512-BF16 and AMX-BF16, and of Arm's FEAT_BF16.
     """
-    return _product_seconds(torch.bfloat16) < 0.8 * _product_seconds(torch.float32)
-
-
-def _product_seconds(dtype: torch.dtype, size: int = 384, tries: int = 40) -> float:
-    a = torch.ones(size, size, dtype=dtype)
-    seconds = []
-    for _ in range(tries):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    if not cpuinfo.is_file():
+        return False
+    lines = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines())
+    features = {word for name, _, words in lines if name.strip() in ("flags", "Features") for word in words.split()}
+    return bool(features & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def launched_world_size() -> int:
@@ -100,6 +99,9 @@ def leave(code: int = 0) -> None:
     """
     if launched_world_size() > 1:
         if torch.distributed.is_initialized():
+            # A launcher ends the others as soon as one rank leaves with a status; all have written everything by then.
+            if code:
+                torch.distributed.barrier()
             torch.distributed.destroy_process_group()
         atexit.register(_end, code)
     elif not code:

@@ -15,7 +15,7 @@ from duet.errors import main_guard
 from llava.train import checkpoints, run_folder, runtime, star
 from llava.train.arguments import DataArguments, ModelArguments, RunArguments, TrainingArguments, parse_arguments
 from llava.train.build import build, smart_tokenizer_and_embedding_resize
-from llava.train.callbacks import EXIT_STOPPED, EpochCallback, FrozenCallback, LogCallback, StopCallback, StopSignal
+from llava.train.callbacks import EpochCallback, FrozenCallback, LogCallback, StopCallback
 from llava.train.checkpoints import safe_save_model_for_hf_trainer
 from llava.train.collator import DataCollatorForSupervisedDataset
 from llava.train.dataset import LazySupervisedDataset, make_supervised_data_module
@@ -40,6 +40,7 @@ from llava.train.optim import trainable_table
 from llava.train.resume import resolve_resume
 from llava.train.run_log import RunLog, describe_run
 from llava.train.star import *  # noqa: F403 - LLaVA's clients take these names from here
+from llava.train.stopping import StopSignal, exit_status
 
 __all__ = [
     "DataArguments",
@@ -85,14 +86,14 @@ def train(attn_implementation: str | None = None) -> None:
         attn_implementation: default kernel; `--attn_implementation` wins.
 
     Raises:
-        SystemExit: code 143 when SIGTERM ended the run after a checkpoint was saved.
+        SystemExit: code 143 when SIGTERM or SIGUSR1 ended the run after a checkpoint was saved.
     """
     global local_rank
     set_up_logging()
     stop = StopSignal().install()
     args = parse_arguments()
     local_rank = args.training.local_process_index
-    runtime.leave(EXIT_STOPPED if run(args, attn_implementation, stop) else 0)
+    runtime.leave(exit_status(run(args, attn_implementation, stop)))
 
 
 def set_up_logging() -> None:
@@ -111,7 +112,7 @@ def run(args: RunArguments, attn_implementation: str | None = None, stop: StopSi
     Args:
         args: all flags.
         attn_implementation: default attention kernel.
-        stop: watches SIGTERM; default: nobody does.
+        stop: watches for stop signals; default: nobody does.
 
     Returns:
         True when the run was stopped by a signal (a checkpoint was saved), False when it finished, now or before.
@@ -309,13 +310,13 @@ def fit(
     stopped = trainer.stopped_at
     report_bad_samples(data["train_dataset"].dataset)
     if stopped is not None:
-        trainer.run_log.write("stopped", {"step": stopped, "reason": "SIGTERM"})
+        trainer.run_log.write("stopped", {"step": stopped, "reason": stop.reason})
         trainer.run_log.close()
         if training.process_index == 0:
             next_start = "the same command resumes from it"
             if training.save_only_model:
                 next_start = "it holds weights only (--save_only_model True), so no run can resume from it"
-            logger.warning("SIGTERM: saved %s/checkpoint-%d; %s", training.output_dir, stopped, next_start)
+            logger.warning("%s: saved %s/checkpoint-%d; %s", stop.reason, training.output_dir, stopped, next_start)
         return True
     model.config.use_cache = True
     try:

@@ -16,7 +16,6 @@ import transformers
 
 from duet.errors import main_guard
 from llava.train import runtime
-from llava.train.callbacks import EXIT_STOPPED, StopSignal
 from llava.train.hf_arguments import parse_hf_arguments
 from llava.train.hf_chat import Chat
 from llava.train.hf_data import HfCollator, HfDataset, check_videos
@@ -24,6 +23,7 @@ from llava.train.hf_model import build, prepare_for_zero3, takes_videos
 from llava.train.hf_trainer import HfTrainer
 from llava.train.optim import trainable_table
 from llava.train.run_folder import in_own_folder
+from llava.train.stopping import StopSignal, exit_status
 from llava.train.train import add_callbacks, check_data, fit, set_up_logging, start_log
 
 # Named, because this module is `__main__` when it is started with `python -m`.
@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     """Train as the command line says.
 
     Raises:
-        SystemExit: code 143 when SIGTERM ended the run after a checkpoint was saved.
+        SystemExit: code 143 when SIGTERM or SIGUSR1 ended the run after a checkpoint was saved.
     """
     set_up_logging()
     stop = StopSignal().install()
-    runtime.leave(EXIT_STOPPED if run(parse_hf_arguments(argv), stop) else 0)
+    runtime.leave(exit_status(run(parse_hf_arguments(argv), stop)))
 
 
 def run(args: Any, stop: StopSignal | None = None) -> bool:
