@@ -14,7 +14,7 @@ from llava.train.choices import PLAN_FILE
 from llava.train.folder_lock import in_use
 from llava.train.hf_plan import HfPlan
 from llava.train.run_folder import HARMLESS
-from llava.train.runner import LauncherStep, Runner, SlurmStep, SshStep, node_command
+from llava.train.runner import Runner, SlurmStep, SshStep, node_command
 from llava.train.runner import environment as environment
 from llava.train.stopping import EXIT_STOPPED
 
@@ -127,7 +127,7 @@ def train_stage(plan: Plan, stage: Stage, runner: Runner) -> int:
         if devices.hosts:
             return runner.run_together(kind, node.ssh_commands(devices, flags, port, module, address), SshStep)
         command = training_command(devices, flags, port, module, address)
-        return runner.run(kind, command, SlurmStep if devices.elsewhere else LauncherStep)
+        return runner.run(kind, command, SlurmStep) if devices.elsewhere else runner.run(kind, command)
     finally:
         runtime.remove_shared_buffers(port)
 

@@ -16,6 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
+from duet.errors import main_guard
 from llava.train import runtime
 from llava.train.devices import Devices, is_this_machine, subset, visible_accelerators
 from llava.train.runner import Runner, node_command
@@ -150,6 +151,7 @@ def listen(runner: Runner) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@main_guard(statuses={ValueError: 2})
 def main(argv: list[str] | None = None) -> int:
     """Run this node's ranks.
 
@@ -175,11 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             os.environ.update(json.loads(sys.stdin.readline()))
             threading.Thread(target=listen, args=(runner,), daemon=True).start()
-        try:
-            check_node(devices)
-        except ValueError as err:
-            sys.stderr.write(f"error: {err}\n")
-            return 2
+        check_node(devices)
         flags = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
         try:
             return runner.run(f"node {node}", node_command(devices, flags, args.port, args.module, node, args.address))

@@ -38,7 +38,8 @@ def test_two_nodes_of_two_ranks_train_as_one_node_of_four(world, tmp_path):
     found = {}
     for door, launcher, ranks in (("here", "deepspeed", 4), ("slurm", "deepspeed", 2), ("ssh", "torchrun", 2)):
         run = two_nodes.start(world, tmp_path, door, launcher, ranks, max_steps=4, save_strategy="no")
-        code, output = train_world.finish(run)
+        with two_nodes.ended(run):
+            code, output = train_world.finish(run, limit=400)
         assert code == 0, output[-4000:]
         folder = two_nodes.output_of(tmp_path, door, launcher)
         assert (folder / "run_complete.json").is_file()
@@ -63,12 +64,13 @@ def test_a_signal_on_one_node_saves_on_all(world, tmp_path, door, launcher, numb
     run = two_nodes.start(world, tmp_path, door, launcher, 1, **flags)
     folder = two_nodes.output_of(tmp_path, door, launcher)
     log = folder / "train_log.jsonl"
-    wait_for(lambda: log.is_file() and log.read_text().count('"loss"') >= 2, run)
-    if place == "head":
-        run.send_signal(number)
-    else:
-        assert two_nodes.signal_node(run, place, number) >= 4
-    code, output = train_world.finish(run, limit=100)
+    with two_nodes.ended(run):
+        wait_for(lambda: log.is_file() and log.read_text().count('"loss"') >= 2, run, limit=400)
+        if place == "head":
+            run.send_signal(number)
+        else:
+            assert two_nodes.signal_node(run, place, number) >= 3  # a starter, a launcher, a rank
+        code, output = train_world.finish(run, limit=200)
     assert code == EXIT_STOPPED, output[-4000:]
     assert "the same command resumes" in output
     saved = list(folder.glob("checkpoint-*/checkpoint_complete.json"))

@@ -6,11 +6,13 @@ SIGTERM into SIGKILL, a task that fails ends the others, and a node's task inher
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -126,6 +128,19 @@ def start(world, folder: Path, door: str, launcher: str, ranks: int, **flags: ob
         env=train_world.environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         cwd=train_world.ROOT,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def ended(run: subprocess.Popen) -> Iterator[None]:
+    """Leave no process of a run behind, whatever the test finds."""
+    try:
+        yield
+    finally:
+        if run.poll() is None:
+            for process in [*psutil.Process(run.pid).children(recursive=True), run]:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            run.communicate()
 
 
 def output_of(folder: Path, door: str, launcher: str) -> Path:
