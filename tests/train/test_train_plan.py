@@ -173,7 +173,8 @@ def test_the_same_global_batch_on_other_ranks_is_the_same_run_and_another_batch_
     first.output.mkdir(parents=True)
     (first.output / launch.PLAN_FILE).write_text(json.dumps(launch.comparable(first)))
     assert launch.differences(stage(4)) == launch.differences(stage(1)) == []
-    assert launch.differences(stage(2, "--gradient_accumulation_steps", "3"))[0].startswith("global_batch: 16 -> ")
+    other = ("--gradient_accumulation_steps", "3", "--per_device_train_batch_size", "8")
+    assert launch.differences(stage(2, *other))[0].startswith("global_batch: 16 -> 48")
     (first.output / launch.PLAN_FILE).write_text('{"torn')
     assert launch.differences(first) == []
 
