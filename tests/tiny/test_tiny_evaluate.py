@@ -52,7 +52,7 @@ def test_batches_hold_prompts_of_one_length():
 
 
 def test_a_missing_picture_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"image b\.jpg"):
+    with pytest.raises(ValueError, match=r"b\.jpg"):
         evaluate.Pixels(str(tmp_path), None, None).picture("b.jpg")
 
 
