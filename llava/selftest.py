@@ -55,7 +55,7 @@ def cached_equals_recomputed() -> str:
     whole = said(use_cache=True)
     if wrong := selftest.compare_logits(whole.logits, again(whole.sequences)):
         return f"without a reduction, {wrong}"
-    model.set_reduction(selftest.CONFIG)
+    model.set_reduction(selftest.known_config())
     wrong = selftest.compare_logits(said(use_cache=True).logits, said(use_cache=False).logits)
     return f"reduced, {wrong}" if wrong else ""
 
@@ -65,7 +65,7 @@ def keeps_known_tokens() -> str:
     model = _model()
     projector = [module for module in model.model.mm_projector.modules() if isinstance(module, nn.Linear)]
     selftest.write_by_hand(model.get_vision_tower().vision_tower, projector, model.model)
-    model.set_reduction(selftest.CONFIG)
+    model.set_reduction(selftest.known_config())
     with trace() as seen:
         model(torch.tensor([PROMPT]), images=selftest.known_picture())
     return selftest.compare_known(seen)

@@ -193,7 +193,7 @@ def answer_rows(
     options = generation_options(args.temperature, args.top_p, args.num_beams, max_new_tokens)
     del options["max_new_tokens"]
     model_id = get_model_name_from_path(args.model_path)
-    non_finite = 0
+    answered = list(file.rows)
     with tqdm(total=len(rows), initial=starts.start, unit="sample") as bar:
         for start, loaded in zip(starts, load_batches(pictures, args.workers), strict=True):
             batch = rows[start : start + args.batch]
@@ -204,15 +204,26 @@ def answer_rows(
                 place, reason = loaded.failures[0]
                 raise BadEvalData(f"question {batch[place].question_id}: {reason}")
             texts = answerer.generate(ids, loaded.images(), loaded.sizes, max_new_tokens, **options)
-            non_finite += sum(answerer.non_finite)
-            new = [_answer_row(row, text, model_id) for row, text in zip(batch, texts, strict=True)]
-            file.append(new[max(len(file.rows) - start, 0) :])
+            new = [
+                _answer_row(row, text, model_id, bad)
+                for row, text, bad in zip(batch, texts, answerer.non_finite, strict=True)
+            ][max(len(file.rows) - start, 0) :]
+            file.append(new)
+            answered += new
             bar.update(len(batch))
-    refuse({str(file.path): about_answers([row["text"] for row in file.rows], None, non_finite)})
+    # What an earlier start left counts as well: a broken run stays broken when the same command finds it whole.
+    said = [str(row.get(question.answer_field, "")) for question, row in zip(rows, answered, strict=True)]
+    refuse({str(file.path): about_answers(said, None, sum(_is_non_finite(row) for row in answered))})
 
 
-def _answer_row(row: VqaRow, text: str, model_id: str) -> dict[str, Any]:
-    return answer_row(row.question_id, row.prompt, text, model_id, row.answer_field) | dict(row.extra)
+def _answer_row(row: VqaRow, text: str, model_id: str, non_finite: bool) -> dict[str, Any]:
+    made = answer_row(row.question_id, row.prompt, text, model_id, row.answer_field) | dict(row.extra)
+    return made | ({"metadata": {"non_finite": True}} if non_finite else {})
+
+
+def _is_non_finite(row: dict[str, Any]) -> bool:
+    metadata = row.get("metadata")
+    return isinstance(metadata, dict) and bool(metadata.get("non_finite"))
 
 
 def answer_row(

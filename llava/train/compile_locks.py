@@ -103,14 +103,12 @@ def clear(root: Path | None = None) -> list[Path]:
 @contextlib.contextmanager
 def _one_at_a_time(root: Path) -> Iterator[None]:
     """Keep two ranks from looking at once: the second would remove the lock that the first has just taken anew."""
-    if not root.is_dir():
-        yield
-        return
-    try:
-        import fcntl
+    with contextlib.ExitStack() as held:
+        if root.is_dir():
+            # A folder that cannot be written to, or lies on a disk without locks, is looked at without one.
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl
 
-        with open(root / ".looking_for_old_locks", "a", encoding="utf-8") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)
-            yield
-    except (ImportError, PermissionError):
-        yield  # what cannot be written there cannot be removed there either
+                file = held.enter_context(open(root / ".looking_for_old_locks", "a", encoding="utf-8"))
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        yield

@@ -64,6 +64,8 @@ def differences(stage: Stage) -> list[str]:
     except (OSError, ValueError):
         return []  # training itself compares its settings, too
     new = comparable(stage)
+    # Plans of earlier versions did not name what every one has now; the trainer clipped at 1.0 then.
+    old.setdefault("max_grad_norm", "1.0")
     return [
         f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
         for name in sorted(set(old).union(new).difference(HARMLESS, DIVISION))

@@ -97,9 +97,8 @@ def convert(folder: Path, copy: Path, saved: int, wanted: int) -> None:
         reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason given")
         raise CheckpointError(
             f"{folder} was saved by {saved} ranks, and DeepSpeed could not convert it for {wanted} ({reason}). Nothing "
-            f"was changed: go on with {saved} ranks (several can share a device's host by NUM_DEVICES or "
-            "--nproc_per_node; a smaller --per_device_train_batch_size with more --gradient_accumulation_steps keeps "
-            "the global batch)"
+            f"was changed: go on with {saved} ranks, or begin a new run from the weights in that folder with "
+            "--model_name_or_path and another --output_dir"
         )
 
 

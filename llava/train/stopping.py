@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import socket
@@ -101,8 +103,17 @@ def shield_workers(loader: Any) -> Any:
     """
     inner = getattr(loader, "base_dataloader", loader)
     if getattr(inner, "num_workers", 0):
+        # multiprocessing ends them by SIGTERM when the rank fails, and waits for that without a limit.
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
         inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
     return loader
+
+
+def _end_workers() -> None:
+    """End what is left of the processes that load data; it comes before multiprocessing's own end, which waits."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _start_worker(then: Callable[[int], None] | None, worker: int) -> None:

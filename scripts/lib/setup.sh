@@ -45,7 +45,9 @@ held=$("$venv/bin/python" -c 'from importlib.metadata import version; print(vers
 import re
 import sys
 
-held, lowest, ceiling = (tuple(map(int, found.split(".")[:2])) for found in re.findall(r"\d+\.\d+", " ".join(sys.argv[1:])))
+# A local version, such as that of +rocm6.4, says how torch was built, not which torch it is.
+numbers = re.findall(r"\d+\.\d+", f"{sys.argv[1].split('+')[0]} {sys.argv[2]}")
+held, lowest, ceiling = (tuple(map(int, found.split("."))) for found in numbers)
 sys.exit(not lowest <= held < ceiling)
 PY
 echo "torch==$held" >"$venv/torch.txt"

@@ -9,6 +9,7 @@ from duet import DuetConfig, run_decoder
 from duet.cache import DuetCache
 from duet.families import reduced
 from duet.queries import query_rows, surviving_rows
+from duet.versions import CACHE, cache_of
 
 BASE = dict(dominant=10, contextual=3, cluster_width=3, schedule={2: 0.5, 4: 0.25}, stage1="local_cluster")
 VARIANTS = {
@@ -57,7 +58,7 @@ def test_cached_generation_equals_recomputation(model, name):
         kwargs = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
         cached = model.generate(**inputs, use_cache=True, **kwargs)
         again = model.generate(**inputs, use_cache=False, **kwargs)
-        assert isinstance(cached.past_key_values, DuetCache)
+        assert isinstance(cache_of(cached), DuetCache)
         assert torch.equal(cached.sequences, again.sequences)
         for a, b in zip(cached.logits, again.logits, strict=True):
             assert (a - b).abs().max() <= TOLERANCE
@@ -82,9 +83,9 @@ def test_layers_hold_what_the_schedule_says(model):
         inputs = small.mixed_singles()[0]
         out = model(**inputs, use_cache=True)
     text = inputs["input_ids"].shape[1] - small.PATCHES
-    held = [out.past_key_values.get_seq_length(layer) - text for layer in range(small.LAYERS)]
+    held = [cache_of(out).get_seq_length(layer) - text for layer in range(small.LAYERS)]
     assert held == config("drop all").tokens_per_layer(small.PATCHES, small.LAYERS) == [13, 13, 6, 6, 0, 0]
-    assert out.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+    assert cache_of(out).get_seq_length() == inputs["input_ids"].shape[1]
     assert out.logits.shape[1] == text
 
 
@@ -95,7 +96,7 @@ def test_a_second_turn_on_the_same_cache_equals_one_forward(model):
     turn = torch.tensor([[5, 6, 7, 8]])
     with duet.attach(model, config("last")):
         first = model(**inputs, use_cache=True)
-        second = model(input_ids=turn, past_key_values=first.past_key_values, use_cache=True)
+        second = model(input_ids=turn, **{CACHE: cache_of(first)}, use_cache=True)
         whole = model(
             input_ids=torch.cat((ids, turn), 1), pixel_values=inputs["pixel_values"], prompt_length=ids.shape[1]
         )
@@ -107,10 +108,10 @@ def test_caches_that_cannot_hold_a_reduction_are_refused(model):
 
     inputs = small.mixed_singles()[0]
     full = DynamicCache(config=model.config.text_config)
-    model(**inputs, past_key_values=full, use_cache=True)
+    model(**inputs, **{CACHE: full}, use_cache=True)
     with duet.attach(model, config("last")):
         with pytest.raises(ValueError, match="already holds positions"):
-            model(**inputs, past_key_values=full, use_cache=True)
+            model(**inputs, **{CACHE: full}, use_cache=True)
         with pytest.raises(ValueError, match="output_attentions"):
             model(**inputs, output_attentions=True)
 

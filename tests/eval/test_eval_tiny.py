@@ -38,7 +38,7 @@ def test_both_evaluators_give_the_same_accuracy(root, monkeypatch):
     answers = [Answer(q.question_id, q.text, said[q.key], q.key) for q in questions]
     score = tiny().score(root, answers)
 
-    monkeypatch.setattr(evaluate, "predict", lambda *parts: [said[q.name].strip() for q in parts[-1]])
+    monkeypatch.setattr(evaluate, "predict", lambda *parts: [said[q.name].strip() for q in parts[3]])
     model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=4, image_aspect_ratio="pad"))
     processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     records = evaluate.load_records(str(root / "tiny" / "heldout.json"))

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import duet
 from duet import DuetConfig
-from duet.versions import declared_output
+from duet.versions import CACHE, cache_of, declared_output
 
 ALL = CASES | QWEN
 
@@ -158,15 +158,15 @@ def test_a_cache_that_holds_unreduced_positions_is_refused_whether_it_is_used_or
     one = CASES["llava"].singles(llava)[0]
     filled = DynamicCache(config=llava.config.text_config)
     duet.detach(llava)
-    llava(input_ids=one["input_ids"][:, -4:], past_key_values=filled)
+    llava(input_ids=one["input_ids"][:, -4:], **{CACHE: filled})
     duet.attach(llava, CASES["llava"].config)
     for use_cache in (True, False):
         with pytest.raises(ValueError, match=r"already holds positions.*prefix tuning"):
-            llava(**one, past_key_values=filled, use_cache=use_cache)
+            llava(**one, **{CACHE: filled}, use_cache=use_cache)
     offloaded = DynamicCache(config=llava.config.text_config)
     offloaded.offloading = True  # what offloading=True does on a machine with an accelerator
     with pytest.raises(ValueError, match="offloaded cache cannot hold layers of different lengths"):
-        llava(**one, past_key_values=offloaded)
+        llava(**one, **{CACHE: offloaded})
 
 
 def test_prefix_tuning_is_refused_and_prompt_tuning_works():
@@ -208,7 +208,7 @@ def test_a_second_turn_goes_on_with_the_returned_cache(llava):
     first = llava.generate(**one, **how, return_dict_in_generate=True)
     turn = torch.cat((first.sequences, torch.tensor([[5, 6, 7]])), 1)
     mask = torch.ones_like(turn)
-    second = llava.generate(input_ids=turn, attention_mask=mask, past_key_values=first.past_key_values, **how)
+    second = llava.generate(input_ids=turn, attention_mask=mask, **{CACHE: cache_of(first)}, **how)
     whole = llava(input_ids=second, pixel_values=one["pixel_values"], prompt_length=one["input_ids"].shape[1])
     assert torch.equal(whole.logits[0, -5:-1].argmax(-1), second[0, -4:])
     cache = llava.generate(**one, **how, return_dict_in_generate=True).past_key_values
