@@ -65,7 +65,7 @@ format: ## Apply the formatter and the safe lint fixes
 test: ## All tests that need no accelerator
 	$(TEST_ENV) $(PY) -m pytest -m "not gpu and not nodes" $(TEST_ARGS)
 
-test-nodes: ## Training on two emulated nodes: DeepSpeed and torchrun, srun and ssh, signals (four ranks at once; needs root)
+test-nodes: ## Long runs through the launchers: two emulated nodes (needs root), signals, another number of ranks
 	$(TEST_ENV) $(PY) -m pytest -m "nodes and not gpu"
 
 test-sets: ## Contract, golden and generation tests on the lowest and newest declared versions; a look beyond

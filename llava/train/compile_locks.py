@@ -89,7 +89,7 @@ def clear(root: Path | None = None) -> list[Path]:
     removed = []
     with _one_at_a_time(root):
         for path in left_behind(root):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # gone meanwhile, or another user's
                 path.unlink()
                 removed.append(path)
                 logger.warning("removed %s: a compilation that was killed had left it", path)

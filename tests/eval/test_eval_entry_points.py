@@ -6,6 +6,7 @@ import json
 import pytest
 import runner_world
 
+from llava import sanity
 from llava.eval import model_vqa, model_vqa_loader, model_vqa_science, vqa
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -135,6 +136,17 @@ def test_an_interrupted_file_is_continued_and_another_settings_file_is_not(world
     assert path.read_text() == whole.read_text()
 
 
+def test_answers_from_nan_logits_are_marked_and_stay_no_result(world, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "answers.jsonl"
+    monkeypatch.setattr(sanity.Watch, "rows", lambda self, count: [True] + [False] * (count - 1))
+    assert loader(world, path, "--batch", 4) == sanity.BROKEN
+    monkeypatch.undo()
+    monkeypatch.setattr(vqa, "load_pretrained_model", _loaded)
+    assert [row["metadata"] for row in rows(path)] == [{"non_finite": True}, {}, {}, {}] * 2
+    assert loader(world, path, "--batch", 4) == sanity.BROKEN, "the same command finds the same answers"
+    assert "2 of 8 answers come from logits that are NaN" in capsys.readouterr().err
+
+
 def test_rows_of_other_questions_are_not_continued(world, tmp_path, capsys):
     path = tmp_path / "answers.jsonl"
     assert loader(world, path) == 0
@@ -148,6 +160,7 @@ def test_model_vqa_has_no_length_flag_and_samples_on_request(world, tmp_path, mo
 
     def generate(self, ids, pixels, sizes, max_new_tokens, **options):
         seen.update(options, max_new_tokens=max_new_tokens)
+        self.non_finite = [False] * len(ids)
         return ["x"] * len(ids)
 
     monkeypatch.setattr("llava.eval.generate.Answerer.generate", generate)

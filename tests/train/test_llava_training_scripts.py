@@ -136,6 +136,7 @@ def test_variables_choose_the_model_of_the_first_generation(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nodes
 def test_a_script_runs_under_the_real_launcher(world, tmp_path):
     """`deepspeed llava/train/train_mem.py` by its path, with the DeepSpeed file that the script names."""
     words = command_of("v1_5/finetune", tmp_path)

@@ -68,3 +68,18 @@ def test_the_folder_that_torch_is_told_is_looked_at(root, lock, monkeypatch):
 def test_a_missing_folder_is_no_error(tmp_path):
     assert compile_locks.clear(tmp_path / "nowhere") == []
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_disk_without_locks_is_looked_at_without_one(root, lock, monkeypatch):
+    def no_locks(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    lock.touch()
+    assert compile_locks.clear(root) == [lock]
+
+
+def test_what_another_user_owns_stays_and_is_no_crash(root, lock, monkeypatch):
+    lock.touch()
+    monkeypatch.setattr(type(lock), "unlink", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "not yours")))
+    assert compile_locks.clear(root) == []

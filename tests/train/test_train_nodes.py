@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,3 +152,24 @@ def test_stop_signals_do_not_end_the_processes_that_load_data():
     assert [int(batch) for batch in shield_workers(loader)] == [0, 1]
     plain = torch.utils.data.DataLoader(Numbers(), batch_size=1)
     assert shield_workers(plain) is plain and plain.worker_init_fn is None
+
+
+CRASH = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from test_train_nodes import Numbers
+from llava.train.stopping import shield_workers
+
+loader = shield_workers(torch.utils.data.DataLoader(Numbers(), num_workers=1, batch_size=1, prefetch_factor=2))
+rows = iter(loader)  # kept alive by the traceback
+next(rows)
+raise RuntimeError("out of memory")
+"""
+
+
+def test_a_rank_that_fails_ends_although_its_loader_ignores_stop_signals():
+    """multiprocessing sends SIGTERM at the end of the interpreter, and waits for that without a limit."""
+    command = [sys.executable, "-c", CRASH, str(Path(__file__).parent)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1 and "out of memory" in ended.stderr

@@ -36,7 +36,7 @@ def weights(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [None, 2])
+@pytest.mark.parametrize("zero", [None, pytest.param(2, marks=pytest.mark.nodes)])
 def test_one_rank_goes_on_as_two_with_the_same_losses(train, flags, tmp_path, zero):
     """Without DeepSpeed nothing is divided; ZeRO-2's state goes through DeepSpeed's universal checkpoint."""
     engine = {"deepspeed": SCRIPTS / f"zero{zero}.json"} if zero else {}
