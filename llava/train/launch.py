@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.train import node, runtime
 from llava.train.checkpoints import RUN_MARKER, checkpoints, defect_of, names_files, write_json_atomically
 from llava.train.choices import PLAN_FILE
-from llava.train.folder_lock import in_use
+from llava.train.folder_lock import PATIENCE, in_use
 from llava.train.hf_plan import HfPlan
 from llava.train.run_folder import HARMLESS
 from llava.train.runner import Runner, SlurmStep, SshStep, node_command
@@ -88,18 +89,21 @@ def run_stage(plan: Plan, stage: Stage, runner: Runner) -> int:
         The exit code.
     """
     kind = stage.recipe.kind
-    holder = in_use(stage.output)
+    deadline = time.monotonic() + PATIENCE
+    while (holder := in_use(stage.output)) and time.monotonic() < deadline:
+        time.sleep(0.5)  # a run that was just ended may still be saving
     if holder:
         sys.stderr.write(f"error: {stage.output} is in use by another run ({holder}); wait for it or end it\n")
         return 2
-    changed = differences(stage)
+    anew = str(stage.flags.get("resume_from_checkpoint")).lower() == "false"
+    changed = [] if anew else differences(stage)
     if changed and (is_finished(stage) or checkpoints(stage.output)):
         sys.stderr.write(
             f"error: {stage.output} holds a run of {kind} with other settings ({'; '.join(changed)}). "
             "Give the former ones to go on with it, or choose another folder with OUTPUT_ROOT\n"
         )
         return 2
-    if is_finished(stage):
+    if is_finished(stage) and not anew:
         sys.stdout.write(
             f"\n=== {kind}: already finished in {stage.output}; OUTPUT_ROOT chooses another folder to train again\n"
         )

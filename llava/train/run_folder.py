@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -114,6 +115,7 @@ def begin(args: Any) -> bool:
     over = folder / RUN_MARKER
     if requested.lower() == "false":
         over.unlink(missing_ok=True)
+        set_aside(folder)
         return False
     places = [folder] if over.is_file() or checkpoints(folder) else []
     if requested.lower() not in ("none", "true"):
@@ -134,6 +136,15 @@ def begin(args: Any) -> bool:
     logger.warning("%s is finished, but %s: its last checkpoint is used to write it again", folder, defect)
     over.unlink()
     return False
+
+
+def set_aside(folder: Path) -> None:
+    """Rename the checkpoints of an earlier run, so that no later start takes one of them for this run's."""
+    for path in checkpoints(folder):
+        names = (path.with_name(f"{path.name}.old{number}") for number in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
+        path.rename(kept)
+        logger.warning("the run begins anew: %s is kept as %s", path, kept.name)
 
 
 def refuse(place: Path, changed: list[str]) -> None:

@@ -380,3 +380,14 @@ def test_a_torn_list_of_bad_records_does_not_end_the_next_run(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"file": "x", "index": 1, "id": "r1", "ki')
     log.add(bad)
     assert log.read() == [bad]
+
+
+def test_a_run_that_begins_anew_leaves_no_checkpoint_for_later_starts(train, tmp_path):
+    """An old run's later checkpoint would be taken for the new one's by the next start of the same command."""
+    train(max_steps=4, save_steps=2)
+    old = train_world.losses(tmp_path)
+    (tmp_path / "out" / "train_log.jsonl").unlink()
+    train(max_steps=2, save_steps=2, learning_rate=5e-3, resume_from_checkpoint=False)
+    names = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert "checkpoint-4" not in names and "checkpoint-4.old1" in names, "nothing is lost, nothing is mixed up"
+    assert train_world.losses(tmp_path)[1] == pytest.approx(old[1]), "from the beginning"

@@ -179,7 +179,7 @@ def test_the_same_global_batch_on_other_ranks_is_the_same_run_and_another_batch_
     assert launch.differences(first) == []
 
 
-def test_a_script_does_not_write_into_a_folder_in_use(tmp_path, capsys):
+def test_a_script_does_not_write_into_a_folder_in_use(tmp_path, capsys, monkeypatch):
     import os
     import time
 
@@ -196,6 +196,7 @@ def test_a_script_does_not_write_into_a_folder_in_use(tmp_path, capsys):
         os._exit(0)
     try:
         assert os.read(read, 4) == b"held"
+        monkeypatch.setattr(launch, "PATIENCE", 0.0)
         with launch.Runner(plan.devices) as runner:
             assert launch.run_stage(plan, stage, runner) == 2
         assert f"{stage.output} is in use by another run (process {child}" in capsys.readouterr().err
