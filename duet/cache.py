@@ -138,6 +138,10 @@ class DuetCache(DynamicCache):
         super().batch_select_indices(indices)
         self._index_segments(indices)
 
+    def reset(self) -> None:
+        """Raise: what the layers dropped is part of what they hold, so that another prompt needs another cache."""
+        raise NotImplementedError("a reduced cache cannot be reset; begin with a new one, or with none")
+
     def crop(self, *args, **kwargs) -> None:
         """Raise: layers hold different positions, so there is no common length to crop to."""
         raise NotImplementedError(

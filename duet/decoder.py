@@ -105,7 +105,8 @@ def run_decoder(
             "output_attentions is not available: no attention map is ever computed; use duet.trace instead"
         )
     if isinstance(past_key_values, DuetCache) and past_key_values.segments:
-        return _continue(decoder, inputs_embeds, attention_mask, past_key_values, output_hidden_states, layer_kwargs)
+        out = _continue(decoder, inputs_embeds, attention_mask, past_key_values, output_hidden_states, layer_kwargs)
+        return replace(out, labels=labels)
     if use_cache:
         check_layer(decoder.layers[0])  # type: ignore[index, arg-type]
     config = None if config is None else DuetConfig.require(config)

@@ -153,7 +153,7 @@ def plain_surroundings(seed: int = 0) -> Iterator[None]:
     """Compute as at a process's start, whatever surrounds the call, and leave the random numbers as they were."""
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.no_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators, too
         torch.set_default_dtype(torch.float32)
         torch.set_num_threads(1)  # more of them cost more than such small models give
         try:

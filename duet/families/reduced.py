@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from duet import tracing
 from duet.cache import DuetCache, check_prefill_cache, masks_for_generate
+from duet.config import DuetConfig
 from duet.decoder import reduces, run_decoder
 from duet.families import Family
 from duet.families.calls import Generation, called, caller_of
@@ -239,6 +240,8 @@ class ReducedBody:
             prompt_length = call.generation.prompt_length = call.generation.prompt_length or ids_or_embeds.shape[1]
         embed = None if input_ids is None else model.get_input_embeddings()
         prompt = Prompt(ids_or_embeds, attention_mask, position_ids, visual_mask, labels, embed=embed)
+        if inputs_embeds is not None and visual_mask is None and not family.pictures(model, inputs):
+            _refuse_unknown_origin(config, cache)
         prompt, encoded = read_pictures(model, prompt, ids_or_embeds, inputs, cache, prompt_length)
         decoder = family.decoder(model)
         if use_cache is None:
@@ -319,16 +322,12 @@ class ReducedDecoder:
         model = caller_of(self).model
         cache = take_cache(kwargs)
         config = model._duet.config
-        goes_on = isinstance(cache, DuetCache) and bool(cache.segments)
-        if inputs_embeds is not None and visual_mask is None and reduces(config) and not goes_on:
-            raise ValueError(
-                "while DUET is attached, the decoder takes inputs_embeds only with visual_mask, [B, L] bool, which "
-                "says which of them came from a picture (all False for text): otherwise pictures would run unreduced. "
-                "Call the whole model, or model.model, and pictures are found by themselves"
-            )
+        if inputs_embeds is not None and visual_mask is None:
+            _refuse_unknown_origin(config, cache)
         further = {name: kwargs.pop(name) for name in ("position_ids", "output_attentions") if name in kwargs}
         states = bool(kwargs.pop("output_hidden_states", None))
         _refuse_unknown(self, kwargs, ())
+        refuse_unknown(kwargs, (), f"{type(self).__name__}.forward while DUET is attached")
         embeds: Any = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         out = run_decoder(
             self,  # type: ignore[arg-type]
@@ -350,6 +349,17 @@ class ReducedDecoder:
         )
         result.kept_positions, result.labels = out.origin, out.labels
         return result.to_tuple() if return_dict is False else result
+
+
+def _refuse_unknown_origin(config: DuetConfig, cache: Any) -> None:
+    """Refuse embeddings that may hold pictures, where nobody says which they are."""
+    goes_on = isinstance(cache, DuetCache) and bool(cache.segments)
+    if reduces(config) and not goes_on:
+        raise ValueError(
+            "while DUET is attached, inputs_embeds without pixels need visual_mask, [B, L] bool, which says which of "
+            "them came from a picture (all False for text): otherwise pictures would run unreduced. With input_ids and "
+            "pixels the whole model, and model.model, find pictures by themselves"
+        )
 
 
 def _check_call(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Any, kwargs: dict) -> None:

@@ -280,3 +280,21 @@ def test_a_row_that_is_dropped_hands_over_to_the_token_before_it(model):
     ]
     valid = torch.tensor([[True, False], [True, True]])
     assert surviving_rows(rows, origin, none, origin[:, :2], valid).tolist() == [[True, False], [True, False]]
+
+
+def test_labels_of_a_pass_that_goes_on_from_a_reduced_cache_give_its_loss(model):
+    inputs = small.mixed_singles()[0]
+    turn = torch.tensor([[5, 6, 7, 8]])
+    with duet.attach(model, config("last")), torch.no_grad():
+        first = model(**inputs, use_cache=True)
+        second = model(input_ids=turn, **{CACHE: cache_of(first)}, use_cache=True, labels=turn)
+    expected = torch.nn.functional.cross_entropy(second.logits[0, :-1], turn[0, 1:])
+    assert second.loss == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_reduced_cache_is_not_used_again(model):
+    inputs = small.mixed_singles()[0]
+    with duet.attach(model, config("last")), torch.no_grad():
+        cache = cache_of(model(**inputs, use_cache=True))
+    with pytest.raises(NotImplementedError, match="begin with a new one"):
+        cache.reset()

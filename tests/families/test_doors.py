@@ -134,6 +134,11 @@ def test_the_decoder_takes_embeddings_only_with_what_is_visual(llava):
         out = decoder(inputs_embeds=embeds, visual_mask=mask)
     assert [s.visual for s in seen.passes[0]] == [[36], [18], [0]]
     assert out.last_hidden_state.shape[1] == int((~mask).sum()) == out.kept_positions.shape[1]
+    for door in (llava, llava.model):
+        with pytest.raises(ValueError, match="visual_mask"):
+            door(inputs_embeds=embeds)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'cu_seq_lens_q'"):
+        decoder(inputs_embeds=embeds, visual_mask=mask, cu_seq_lens_q=torch.tensor([0, 4]))
     whole = llava(inputs_embeds=embeds, visual_mask=mask)
     assert torch.equal(whole.logits, llava.lm_head(out.last_hidden_state))
     words = one["input_ids"][:, -6:]
