@@ -20,8 +20,9 @@ class PromptTooLong(ValueError):
 def room_for_prompt(config: Any, max_new_tokens: int) -> int | None:
     """Return how many tokens, visual ones included, a prompt may have.
 
-    A prompt is cut by the model beyond `tokenizer_model_max_length`, and what is answered has to fit the positions that
-    the model knows; where the answer may take more than half of those, half of them are left to it.
+    A prompt is cut by the model beyond `tokenizer_model_max_length`, and an answer has to fit the positions that the
+    model knows. Limits of answers are generous (1,024 tokens in LLaVA's scripts) and answers short, so at most a
+    sixteenth of the positions is kept free for one.
 
     Args:
         config: the model's config.
@@ -33,7 +34,7 @@ def room_for_prompt(config: Any, max_new_tokens: int) -> int | None:
     prompt = getattr(config, "tokenizer_model_max_length", None)
     positions = getattr(config, "max_position_embeddings", None)
     limits = [int(prompt)] if prompt else []
-    limits += [int(positions) - min(max_new_tokens, int(positions) // 2)] if positions else []
+    limits += [int(positions) - min(max_new_tokens, int(positions) // 16)] if positions else []
     return min(limits, default=None)
 
 

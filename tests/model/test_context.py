@@ -79,8 +79,8 @@ def test_marks_of_other_spellings_move_along(tokenizer):
     ("config", "new", "room"),
     [
         ({"tokenizer_model_max_length": 2048, "max_position_embeddings": 4096}, 512, 2048),
-        ({"tokenizer_model_max_length": 2048, "max_position_embeddings": 2048}, 512, 1536),
-        ({"max_position_embeddings": 2048}, 4000, 1024),
+        ({"tokenizer_model_max_length": 2048, "max_position_embeddings": 2048}, 512, 1920),
+        ({"max_position_embeddings": 2048}, 4000, 1920),
         ({"tokenizer_model_max_length": None}, 10, None),
         ({}, 10, None),
     ],
