@@ -240,9 +240,9 @@ class ReducedBody:
             prompt_length = call.generation.prompt_length = call.generation.prompt_length or ids_or_embeds.shape[1]
         embed = None if input_ids is None else model.get_input_embeddings()
         prompt = Prompt(ids_or_embeds, attention_mask, position_ids, visual_mask, labels, embed=embed)
-        if inputs_embeds is not None and visual_mask is None and not family.pictures(model, inputs):
-            _refuse_unknown_origin(config, cache)
         prompt, encoded = read_pictures(model, prompt, ids_or_embeds, inputs, cache, prompt_length)
+        if inputs_embeds is not None and visual_mask is None and not encoded:
+            _refuse_unknown_origin(config, cache)
         decoder = family.decoder(model)
         if use_cache is None:
             use_cache = _fills_cache(model, decoder)
